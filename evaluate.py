@@ -1,0 +1,176 @@
+"""Answers, their grading and accuracy; `python evaluate.py accuracy --help`.
+
+One engine samples, grades and records, for a student's accuracy and for a teacher's traces alike:
+the right answers of a teacher's evaluation *are* the traces that train.py reads.
+"""
+
+import argparse
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Tokenizer, load, load_problems, write_jsonl
+from model import BadInput, Transformer
+
+# --------------------------------------------------------------------------------------- grading
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last whole \boxed{...}, whose braces may be nested.
+
+    >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    found, start = None, text.find(r"\boxed{")
+    while start >= 0:
+        depth, i = 1, start + len(r"\boxed{")
+        while i < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            i += 1
+        if not depth:
+            found = text[start + len(r"\boxed{"):i - 1]
+        start = text.find(r"\boxed{", start + 1)
+    return found
+
+
+def extract_answer(text: str) -> str:
+    """The last \\boxed{}, else what follows ####, else "the answer is", else the last number, else
+    the text itself."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    for pattern in (r"####(.*)", r"[Aa]nswer is:?(.*)"):
+        if found := re.findall(pattern, text):
+            return found[-1].strip()
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    return numbers[-1] if numbers else text.strip()
+
+
+def as_number(text: str) -> Fraction | None:
+    r"""
+    >>> as_number("$1,234.50"), as_number(r"-\frac{3}{4}"), as_number("007"), as_number("x+1")
+    (Fraction(2469, 2), Fraction(-3, 4), Fraction(7, 1), None)
+    """
+    plain = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
+    plain = re.sub(r"[\s$\\!%]|,(?=\d{3}(?!\d))", "", plain).rstrip(".")
+    if not re.fullmatch(r"[+-]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(/\d{1,40})?", plain):
+        return None
+    number, _, below = plain.partition("/")
+    if below and not int(below):
+        return None
+    return Fraction(number) / Fraction(below or 1)
+
+
+def is_correct(prediction: str, gold: str) -> bool:
+    """Do the final answers agree: as numbers (exactly, so 1/2 = 0.5), else letter by letter but for
+    spaces, dollars and a full stop? No text is ever evaluated.
+
+    >>> is_correct("He has 1,200 + 34 = 1234 left.\\n#### 1,234", "1234")
+    True
+    """
+    prediction, gold = extract_answer(prediction), extract_answer(gold)
+    numbers = as_number(prediction), as_number(gold)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    prediction, gold = (re.sub(r"[\s$]", "", text).rstrip(".") for text in (prediction, gold))
+    return prediction == gold != ""
+
+
+# -------------------------------------------------------------------------------------- accuracy
+
+
+def answers(model: Transformer, tokenizer: Tokenizer, problems: list[dict], samples: int = 1,
+            temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
+            batch_size: int = 64, seed: int = 0) -> list[dict]:
+    """One trace record (see data.py) for each problem and sample, in that order, with `correct` and
+    `finished` added. Every answer has a seed of its own, so batching does not change a draw. Text
+    that was cut off is wrong unless its answer was boxed already."""
+    prompts = [tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
+               for problem in problems]
+    jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
+    jobs.sort(key=lambda job: len(prompts[job[0]]))  # neighbours need little padding
+    records = {}
+    for start in tqdm(range(0, len(jobs), batch_size), desc="answering", disable=None):
+        batch = jobs[start:start + batch_size]
+        drawn = model.sample([prompts[i] for i, _ in batch], max_new_tokens, temperature,
+                             [(seed, i, k) for i, k in batch], top_p,
+                             vocab_size=tokenizer.vocab_size)
+        for (i, k), (ids, logp) in zip(batch, drawn, strict=True):
+            text, finished = tokenizer.decode(ids), ids[-1] in model.eos_token_ids
+            gradable = text if finished else last_boxed(text) and text
+            record = {**problems[i], "sample": k, "response": text, "finished": finished,
+                      "extracted": extract_answer(text), "temperature": temperature,
+                      "correct": bool(gradable) and is_correct(text, problems[i]["answer"]),
+                      "teacher_logprobs": [round(value, 4) for value in logp]}
+            if ids != [*tokenizer.encode(text), tokenizer.end]:
+                record["tokens"] = ids
+            records[i, k] = record
+    return [records[job] for job in sorted(records)]
+
+
+def summarise(records: list[dict]) -> dict:
+    """Accuracy, its standard error over problems, and what one must know to compare it."""
+    marks: dict[str, list[bool]] = {}
+    for record in records:
+        marks.setdefault(str(record["id"]), []).append(record["correct"])
+    means = [sum(mark) / len(mark) for mark in marks.values()]
+    n, accuracy = len(means), sum(means) / len(means)
+    variance = sum((mean - accuracy) ** 2 for mean in means) / max(n - 1, 1)
+    return {"accuracy": accuracy, "standard_error": math.sqrt(variance / n), "problems": n,
+            "samples": len(records) // n,
+            "mean_tokens": sum(len(r["teacher_logprobs"]) for r in records) / len(records),
+            "truncated": sum(not r["finished"] for r in records) / len(records)}
+
+
+def accuracy(args: argparse.Namespace) -> None:
+    """Answers a benchmark, grades the answers, prints accuracy with its standard error."""
+    problems = load_problems(args.benchmark)[:args.limit]
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    records = answers(model, tokenizer, problems, args.samples, args.temperature, args.top_p,
+                      args.max_new_tokens, args.batch_size, args.seed)
+    if args.out:
+        write_jsonl(args.out, records)
+    got = summarise(records)
+    decoding = f"T={args.temperature:g}, top-p {args.top_p:g}" if args.temperature else "greedy"
+    print(f"{args.model} on {Path(args.benchmark).name}: accuracy {got['accuracy']:.3f} +- "
+          f"{got['standard_error']:.3f} (n={got['problems']} x {got['samples']}, {decoding}, "
+          f"{got['mean_tokens']:.1f} tokens, {got['truncated']:.1%} cut off at "
+          f"{args.max_new_tokens})")
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("accuracy", help=accuracy.__doc__, allow_abbrev=False)
+    command.set_defaults(run=accuracy)
+    add = command.add_argument
+    add("--model", required=True, help="HF folder or Hub name")
+    add("--benchmark", required=True, metavar="FILE.jsonl", help="problems with their answers")
+    add("--out", metavar="OUT.jsonl", help="one record an answer; a teacher's are traces")
+    add("--samples", type=int, default=1, help="answers for each problem")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling below 1")
+    add("--max-new-tokens", type=int, default=1024, help="longer answers are cut off, and wrong")
+    add("--batch-size", type=int, default=64, help="answers at a time")
+    add("--limit", type=int, help="only the first so many problems")
+    add("--seed", type=int, default=0, help="each answer's seed is made from it")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.samples > 1 and not args.temperature:
+        parser.error("--samples > 1 needs a --temperature above 0: greedy answers are all alike")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None

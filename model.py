@@ -1,0 +1,335 @@
+"""A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders.
+
+One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
+head size, a tied head. Parameters carry HF's names: what we save opens in transformers and vLLM.
+Letters in all files: B sequences, T tokens, D hidden, H query and K key/value heads, Dh head size,
+V vocabulary, N supervised tokens. Papers: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388.
+"""
+
+import json
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HUB_FILES = (*TOKENIZER_FILES, "*config.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong; the message names it and says what to do."""
+
+
+def fetch(path_or_repo: str | Path) -> Path:
+    """The folder of a model: the one given, or the Hub's "org/name", downloaded once."""
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo)
+    try:
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise BadInput(f"{path_or_repo}: no such folder, nor from the Hub: {error!s:.200}") from error
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{file}: missing, or not a JSON object ({error})") from error
+
+
+ONLY = {  # keys of config.json that change the computation, with the values implemented here
+    "model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"),
+    "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
+    "attention_dropout": (0,), "use_sliding_window": (False,), "use_mrope": (False,),
+    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "mrope_section": (),
+    "quantization_config": (), "auto_map": ()}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+         "num_attention_heads", "num_key_value_heads")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+class Config:
+    """config.json as attributes under HF's names, checked; `raw` is the file as it was."""
+
+    def __init__(self, raw: dict, source: str | Path = "config.json"):
+        scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        given = {**raw, "rope_type": scaling.get("type"), **scaling}
+        given = {key: value for key, value in given.items() if value is not None}
+        kind, heads = given.get("model_type"), given.get("num_attention_heads", 1)
+        width = 128 if kind == "qwen3" else given.get("hidden_size", 0) // heads
+        values = {"model_type": None, "rope_type": "default", "rope_theta": 10000.0,
+                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+                  "head_dim": width, "num_key_value_heads": heads if kind == "llama" else None}
+        self.__dict__.update(values | given | {"raw": raw})
+
+        def check(fine: bool, key: str, why: str) -> None:
+            if not fine:
+                raise BadInput(f"{source}: {key} = {getattr(self, key, None)!s:.60}: {why}")
+
+        for key, known in ONLY.items():
+            found = getattr(self, key, [])
+            check(all(item in known for item in (found if isinstance(found, list) else [found])),
+                  key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
+        llama3 = LLAMA3_ROPE if self.rope_type == "llama3" else ()
+        for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
+            number = isinstance(getattr(self, key, None), int if key in SIZES else (int, float))
+            check(number and getattr(self, key) > 0, key, "a positive number is needed")
+        check(heads % self.num_key_value_heads == 0, "num_key_value_heads", f"must divide {heads}")
+        check(self.head_dim % 2 == 0, "head_dim", "must be even")
+        self.llama3 = [getattr(self, key) for key in llama3]
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input: fp32 master weights serve bf16 activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *(p.to(x.dtype) for p in self.parameters()))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:  # the fused kernel keeps its statistics in fp32
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle in fp32: positions [B, T] -> two [B, 1, T, Dh]. RoPE 2104.09864"""
+    pair = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2]
+    if config.llama3:  # slow waves are stretched by `factor`, fast ones kept, others blended
+        factor, low, high, length = config.llama3
+        turns = length * freq / (2 * math.pi)  # of each wave within the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = kept * freq + (1 - kept) * freq / factor
+    angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """HF's layout: dimension i turns together with i + Dh/2, not with its neighbour."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]."""
+
+    def __init__(self, config: Config, rows: int, columns: int, like: Tensor):
+        self.data = like.new_zeros(2, config.num_hidden_layers, rows, config.num_key_value_heads,
+                                   columns, config.head_dim)
+        self.length = 0  # columns filled
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Puts k, v [B, K, T, Dh] behind the filled columns; returns all [2, B, K, :, Dh]."""
+        end = self.length + k.shape[2]
+        self.data[0, layer, :, :, self.length:end] = k
+        self.data[1, layer, :, :, self.length:end] = v
+        return self.data[:, layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
+        H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.q_proj = Linear(D, H * Dh, bias=bias or qwen2)
+        self.k_proj = Linear(D, K * Dh, bias=bias or qwen2)
+        self.v_proj = Linear(D, K * Dh, bias=bias or qwen2)
+        self.o_proj = Linear(H * Dh, D, bias=bias and not qwen2)
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
+        self.layer, self.head_dim = layer, Dh
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, T, Dh]
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
+        self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
+        self.generation = {"eos_token_id": config.raw.get("eos_token_id")}  # generation_config.json
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        eos = self.generation.get("eos_token_id")
+        return eos if isinstance(eos, list) else [eos] if eos is not None else []
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None,
+                pad: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> hidden [B, T, D], causal. Batches are padded on the right; or on the
+        left, then pad [B] says how far. A cache goes before the tokens and is extended by them."""
+        x = self.model.embed_tokens(tokens)
+        x = x.to(self.compute_dtype or x.dtype)
+        start = 0 if cache is None else cache.length
+        column, mask = torch.arange(start + tokens.shape[1], device=x.device), None
+        query = column[start:]
+        positions = query[None]  # [1 or B, T]
+        if start or pad is not None:  # a query always sees itself: seeing nothing would be NaN
+            pad = torch.zeros_like(tokens[:, 0]) if pad is None else pad
+            positions = (query - pad[:, None]).clamp(min=0)
+            mask = (column <= query[:, None]) & (column >= pad[:, None, None])
+            mask = (mask | (column == query[:, None]))[:, None]  # [B, 1, T, columns]
+        rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
+        for block in self.model.layers:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length = len(column)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> [..., V], for only those rows that are supervised or sampled."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight.to(hidden.dtype))
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+                 seed: int | list | None = None, **more) -> list[list[int]]:
+        """The new tokens of each prompt, EOS included where it was reached; see `sample`."""
+        return [ids for ids, _ in self.sample(prompts, max_new_tokens, temperature, seed, **more)]
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+               seed: int | list | None = None, top_p: float = 1.0,
+               vocab_size: int | None = None) -> list[tuple[list[int], list[float]]]:
+        """(new tokens, their raw log-probabilities: temperature 1, fp32) of each prompt.
+
+        temperature 0 is greedy. Each row draws from its own generator, seeded with (seed, row) or
+        seed[row], so its answer does not depend on its neighbours. `vocab_size` leaves out rows of
+        the head that the tokenizer does not know."""
+        if not prompts or not all(prompts) or temperature < 0 or not 0 < top_p <= 1:
+            raise BadInput("generate: give prompts, none empty, temperature >= 0, 0 < top_p <= 1")
+        like = self.model.embed_tokens.weight.to(self.compute_dtype, copy=False)[0]
+        B, longest, new = len(prompts), max(map(len, prompts)), {"device": like.device}
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, **new)
+        seeds = [None if seed is None else (seed, row) for row in range(B)]
+        draws = [np.random.default_rng(s).random(max_new_tokens)
+                 for s in (seed if isinstance(seed, list) else seeds)]
+        draws = torch.tensor(np.stack(draws), **new)  # [B, max_new_tokens] in [0, 1)
+        # Padded on the left, all rows have their newest token in one column, the last.
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], **new)
+        pad = torch.tensor([longest - len(p) for p in prompts], **new)
+        cache = KVCache(self.config, B, longest + max_new_tokens, like)
+        out, logp, done = draws.long(), draws.float(), torch.zeros(B, dtype=torch.bool, **new)
+        rows = torch.arange(B, **new)  # the prompts that are still being answered
+        for step in range(max_new_tokens):
+            logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
+            token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
+            out[rows, step] = token
+            logp[rows, step] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            done[rows] |= torch.isin(token, eos)
+            if like.device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
+                alive = ~done[rows]
+                if not alive.any():
+                    break
+                if alive.sum() <= 0.75 * len(rows):  # answered prompts leave, many at a time
+                    rows, token, pad = rows[alive], token[alive], pad[alive]
+                    cache.data = cache.data[:, :, alive]
+            tokens = token[:, None]
+        ends = [next((i + 1 for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
+                for ids in out.tolist()]
+        return [(ids[:n], values[:n])
+                for ids, values, n in zip(out.tolist(), logp.tolist(), ends, strict=True)]
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu") -> "Transformer":
+        """Reads a Hugging Face folder or Hub repository; every tensor must be there and fit."""
+        folder, state = fetch(path_or_repo), {}
+        with torch.device("meta"):
+            network = cls(Config(read_json(folder / "config.json"), folder / "config.json"))
+        index = folder / "model.safetensors.index.json"
+        files = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
+        for file in sorted(set(files)):
+            try:  # mapped into memory, read where it is used; inv_freq is a constant of old files
+                state |= {name: tensor.to(device, dtype)
+                          for name, tensor in load_file(folder / Path(file).name).items()
+                          if not name.endswith("rotary_emb.inv_freq")}
+            except (SafetensorError, OSError) as error:
+                raise BadInput(f"{folder / file}: missing, corrupt or truncated: {error}") from error
+        head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+        if network.config.tie_word_embeddings and head is not None and head.equal(embedding):
+            del state["lm_head.weight"]  # saved although it is tied
+        try:
+            network.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:400]
+            raise BadInput(f"{folder}: weights do not fit config.json: {why}") from error
+        network.folder = folder
+        if (folder / "generation_config.json").exists():
+            network.generation |= read_json(folder / "generation_config.json")
+        return network
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Writes config, weights, EOS ids and the tokenizer files of the folder it was read from;
+        they move into `folder` once all are whole, config.json last."""
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}  # its old name
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
+            save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
+            for file in filter(Path.exists, map(self.folder.joinpath, TOKENIZER_FILES)):
+                Path(new, file.name).write_bytes(file.read_bytes())
+            Path(new, "generation_config.json").write_text(json.dumps(self.generation, indent=2))
+            Path(new, "config.json").write_text(json.dumps(config, indent=2))
+            Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)
+            for file in sorted(Path(new).iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(Path(folder, file.name))
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, draw: Tensor) -> Tensor:
+    """One token a row by inverting the cumulative distribution: [B, V], draw [B, 1] -> [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).double(), None
+    if top_p < 1:  # the fewest most likely tokens that hold top_p: the nucleus, arXiv 1904.09751
+        p, order = p.sort(-1, descending=True)
+        p = p.where(p.cumsum(-1) - p < top_p, 0.0)
+    total = p.cumsum(-1)
+    index = torch.searchsorted(total, draw * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index))[:, 0]
