@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,12 +29,11 @@ class BadInput(ValueError):
 
 def fetch(path_or_repo: str | Path) -> Path:
     """The folder of a model: the one given, or the Hub's "org/name", downloaded once."""
-    if Path(path_or_repo).is_dir():
-        return Path(path_or_repo)
     try:
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise BadInput(f"{path_or_repo}: no such folder, nor from the Hub: {error!s:.200}") from error
+        return (Path(path_or_repo) if Path(path_or_repo).is_dir() else
+                Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES)))
+    except (OSError, ValueError) as error:  # the Hub's errors are of these kinds
+        raise BadInput(f"{path_or_repo}: not a folder, nor on the Hub: {error!s:.200}") from error
 
 
 def read_json(file: Path) -> dict:
@@ -49,10 +47,10 @@ ONLY = {  # keys of config.json that change the computation, with the values imp
     "model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"),
     "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
-    "attention_dropout": (0,), "use_sliding_window": (False,), "use_mrope": (False,),
-    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "mrope_section": (),
+    "attention_dropout": (0,), "use_sliding_window": (False,), "rope_interleaved": (False,),
+    "use_mrope": (False,), "mrope_section": (), "partial_rotary_factor": (1,),
     "quantization_config": (), "auto_map": ()}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -61,31 +59,31 @@ class Config:
     """config.json as attributes under HF's names, checked; `raw` is the file as it was."""
 
     def __init__(self, raw: dict, source: str | Path = "config.json"):
-        scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        given = {**raw, "rope_type": scaling.get("type"), **scaling}
-        given = {key: value for key, value in given.items() if value is not None}
-        kind, heads = given.get("model_type"), given.get("num_attention_heads", 1)
-        width = 128 if kind == "qwen3" else given.get("hidden_size", 0) // heads
+        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        given = {**raw, "rope_type": rope.get("type"), **rope, "raw": raw}  # "type": an old name
         values = {"model_type": None, "rope_type": "default", "rope_theta": 10000.0,
-                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-                  "head_dim": width, "num_key_value_heads": heads if kind == "llama" else None}
-        self.__dict__.update(values | given | {"raw": raw})
+                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+        values |= {key: value for key, value in given.items() if value is not None}
+
+        heads, kind = values.get("num_attention_heads"), values["model_type"]
+        values.setdefault("num_key_value_heads", heads if kind == "llama" else None)
+        llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
 
         def check(fine: bool, key: str, why: str) -> None:
             if not fine:
-                raise BadInput(f"{source}: {key} = {getattr(self, key, None)!s:.60}: {why}")
+                raise BadInput(f"{source}: {key} = {values.get(key)!s:.60}: {why}")
 
         for key, known in ONLY.items():
-            found = getattr(self, key, [])
+            found = values.get(key, [])
             check(all(item in known for item in (found if isinstance(found, list) else [found])),
                   key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
-        llama3 = LLAMA3_ROPE if self.rope_type == "llama3" else ()
         for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
-            number = isinstance(getattr(self, key, None), int if key in SIZES else (int, float))
-            check(number and getattr(self, key) > 0, key, "a positive number is needed")
-        check(heads % self.num_key_value_heads == 0, "num_key_value_heads", f"must divide {heads}")
-        check(self.head_dim % 2 == 0, "head_dim", "must be even")
-        self.llama3 = [getattr(self, key) for key in llama3]
+            kinds = int if key in SIZES else (int, float)
+            check(isinstance(values.get(key), kinds) and values[key] > 0, key, "not positive")
+        values.setdefault("head_dim", 128 if kind == "qwen3" else values["hidden_size"] // heads)
+        check(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "must divide heads")
+        check(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs it even")
+        self.__dict__.update(values, llama3=[values[key] for key in llama3])
 
 
 class Linear(nn.Linear):
@@ -161,9 +159,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = Linear(D, inner, bias=False), Linear(D, inner, bias=False)
+        self.down_proj = Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -255,13 +253,15 @@ class Transformer(nn.Module):
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], **new)
         pad = torch.tensor([longest - len(p) for p in prompts], **new)
         cache = KVCache(self.config, B, longest + max_new_tokens, like)
-        out, logp, done = draws.long(), draws.float(), torch.zeros(B, dtype=torch.bool, **new)
+        out, logp = draws.long(), draws.float()
+        length, done = torch.zeros_like(pad), torch.zeros_like(pad, dtype=torch.bool)
         rows = torch.arange(B, **new)  # the prompts that are still being answered
         for step in range(max_new_tokens):
             logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
             token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
             out[rows, step] = token
             logp[rows, step] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
             if like.device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
                 alive = ~done[rows]
@@ -271,10 +271,8 @@ class Transformer(nn.Module):
                     rows, token, pad = rows[alive], token[alive], pad[alive]
                     cache.data = cache.data[:, :, alive]
             tokens = token[:, None]
-        ends = [next((i + 1 for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-                for ids in out.tolist()]
-        return [(ids[:n], values[:n])
-                for ids, values, n in zip(out.tolist(), logp.tolist(), ends, strict=True)]
+        return [(ids[:n], values[:n]) for ids, values, n
+                in zip(out.tolist(), logp.tolist(), length.tolist(), strict=True)]
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32,

@@ -337,7 +337,7 @@ def toy(args: argparse.Namespace) -> list[dict]:
           "--lr", "5e-3")
     build(seeded / "student", blank(seeded / "blank-student", 1, 48, args.seed + 1),
           lessons(seeded / "student-lessons.jsonl", 8000, times=0.1), "--objective", "sft",
-          "--steps", "300", "--batch-size", "64", "--grad-accum", "1", "--lr", "5e-3")
+          "--steps", "250", "--batch-size", "64", "--grad-accum", "1", "--lr", "5e-3")
 
     # ---- the teacher answers the training problems; its right answers are the traces
     teacher, tokenizer = data.load(root / "teacher", device=args.device)

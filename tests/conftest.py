@@ -1,0 +1,79 @@
+"""Tiny models with every parameter random, in the real formats; nothing here needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import data
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "eos_token_id": 3, "bos_token_id": 1, "rms_norm_eps": 1e-5}
+# kind -> what differs from SIZES, in the spelling of transformers 4 (rope_theta at the top level)
+# or of transformers 5 (rope_parameters).
+KINDS = {
+    "llama": {"model_type": "llama", "rope_theta": 10000.0},
+    "llama without GQA": {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
+    "llama biased": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True},
+    "llama3 rope, new": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "head_dim": 16},
+    "llama3 rope, old": {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling":
+                         {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}},
+    "qwen2": {"model_type": "qwen2", "rope_theta": 1000000.0, "tie_word_embeddings": True},
+    "qwen2 untied": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4,
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3 biased": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
+
+
+def raw_config(kind: str, **changes) -> dict:
+    raw = {**SIZES, **KINDS[kind], **changes}
+    return {**raw, "architectures": [ARCHITECTURES[raw["model_type"]]]}
+
+
+def make_hf(folder: Path, kind: str = "qwen2", seed: int = 0, scale: float = 0.25, **changes):
+    """Saves a random model with transformers, and returns it. Norms and biases are random too: at
+    their initial ones and zeros, a swapped norm or a dropped bias would go unseen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw_config(kind, **changes)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw_config(kind, **changes)))
+    return model
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory) -> Path:
+    """A random Qwen2 with the toy world's tokenizer."""
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder), num_hidden_layers=1)
+    return folder
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.exists():
+        pytest.skip("needs ../shared/data, which is not here")
+    return SHARED
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()

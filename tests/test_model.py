@@ -1,0 +1,275 @@
+"""model.py against transformers: logits, generation, files. python -m pytest tests/test_model.py"""
+
+import json
+
+import pytest
+import torch
+from conftest import KINDS, make_hf, raw_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import BadInput, Config, KVCache, Transformer, pick
+
+TOKENS = torch.randint(0, 97, (3, 70), generator=torch.Generator().manual_seed(0))
+
+
+def ours_and_theirs(tmp_path, kind, **changes):
+    theirs = make_hf(tmp_path, kind, **changes)
+    return Transformer.from_pretrained(tmp_path), theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_logits_equal_transformers(tmp_path, kind):
+    """Guards every formula of the network: swapped norms, dropped biases, RoPE layout and scaling
+    (70 positions, 16 in the original context), the order of grouped heads, tied heads."""
+    ours, theirs = ours_and_theirs(tmp_path, kind)
+    expected = theirs(TOKENS).logits
+    assert expected.std() > 0.5  # a network whose logits are all alike would prove nothing
+    assert (ours.logits(ours(TOKENS)) - expected).abs().max() < 1e-4
+
+
+def test_gradients_equal_transformers(tmp_path):
+    """Guards training through a tied head and grouped heads, where a wrong view detaches."""
+    ours, theirs = ours_and_theirs(tmp_path, "qwen3")
+    ours.logits(ours(TOKENS)).square().mean().backward()
+    theirs(TOKENS).logits.square().mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_transformers(tmp_path, kind):
+    """Guards positions and masks of left padding (lengths 1, 4, 9, 30) and the cache."""
+    ours, theirs = ours_and_theirs(tmp_path, kind, eos_token_id=None)
+    prompts = [TOKENS[0, :n].tolist() for n in (9, 1, 30, 4)]
+    for prompt, answer in zip(prompts, ours.generate(prompts, 24), strict=True):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False,
+                                   attention_mask=torch.ones(1, len(prompt)), pad_token_id=0)
+        assert answer == expected[0, len(prompt):].tolist()
+
+
+def test_several_eos_ids_stop_each_row(tmp_path):
+    """Guards stopping on the first EOS only, dropping the EOS, and mixing rows up when ended ones
+    leave the batch: with 40 rows and 20 EOS ids, they leave at many different steps."""
+    ours, _ = ours_and_theirs(tmp_path, "llama", eos_token_id=None)
+    prompts = [TOKENS[i % 3, i:i + 5 + i % 7].tolist() for i in range(40)]
+    free = ours.generate(prompts, 30)
+    ours.generation["eos_token_id"] = list(range(20))
+    stopped = ours.generate(prompts, 30)
+    expected = [ids[:next((i + 1 for i, t in enumerate(ids) if t < 20), 30)] for ids in free]
+    assert stopped == expected
+    assert len({len(ids) for ids in expected}) > 8
+
+
+@torch.no_grad()
+def test_cache_equals_full_forward(tmp_path):
+    """Guards the offset of cached positions: one prefill, a chunk of 5, then single tokens."""
+    ours, _ = ours_and_theirs(tmp_path, "llama3 rope, new")
+    full, cache = ours(TOKENS), KVCache(ours.config, 3, 70, torch.zeros(()))
+    parts = [ours(part, cache) for part in TOKENS.split([40, 5, *[1] * 25], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_follow_the_distribution(tmp_path):
+    """Guards the inverse-CDF draw (an index off by one) and top-p (one token too many or few)."""
+    p = torch.tensor([[0.05, 0.0, 0.45, 0.2, 0.3]])
+    draws = (torch.arange(20000, dtype=torch.double)[:, None] + 0.5) / 20000
+    logits = p.log().expand(20000, 5)
+    counts = torch.bincount(pick(logits, 1.0, 1.0, draws), minlength=5) / 20000
+    torch.testing.assert_close(counts[None], p, atol=2e-4, rtol=0)
+    hot = (p.sqrt() / p.sqrt().sum())[0]
+    counts = torch.bincount(pick(logits, 2.0, 1.0, draws), minlength=5) / 20000
+    torch.testing.assert_close(counts, hot, atol=2e-4, rtol=0)
+    for top_p, kept in ((0.4, [2]), (0.46, [2, 4]), (0.76, [2, 3, 4]), (0.96, [0, 2, 3, 4])):
+        nucleus = torch.zeros(5)
+        nucleus[kept] = p[0, kept] / p[0, kept].sum()
+        counts = torch.bincount(pick(logits, 1.0, top_p, draws), minlength=5) / 20000
+        torch.testing.assert_close(counts, nucleus, atol=2e-4, rtol=0)
+    extremes = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.double)
+    assert pick(torch.tensor([[-1e9, 0.0, -1e9]] * 2), 1.0, 1.0, extremes).tolist() == [1, 1]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tmp_path):
+    """Guards reproducible traces: the same seed gives the same answer in any batch; another seed
+    gives another."""
+    ours, _ = ours_and_theirs(tmp_path, "qwen2", eos_token_id=5)
+    prompts = [TOKENS[0, :n].tolist() for n in (9, 4, 9, 30)]
+    together = ours.generate(prompts, 40, temperature=1.0, seed=[10, 11, 12, 13])
+    alone = [ours.generate([p], 40, temperature=1.0, seed=[s])[0]
+             for p, s in zip(prompts, (10, 11, 12, 13), strict=True)]
+    assert together == alone
+    assert together[0] != together[2]
+    assert ours.generate(prompts, 9, 1.0, seed=7) == ours.generate(prompts, 9, 1.0, seed=7)
+
+
+@torch.no_grad()
+def test_sampled_logprobs_are_raw(tmp_path):
+    """Guards log-probabilities taken after temperature or top-p, or at the wrong position."""
+    ours, _ = ours_and_theirs(tmp_path, "qwen3", eos_token_id=5)
+    prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :3].tolist()]
+    for prompt, (ids, logp) in zip(prompts, ours.sample(prompts, 20, 0.5, seed=1, top_p=0.9,
+                                                        vocab_size=90), strict=True):
+        hidden = ours(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+        full = ours.logits(hidden)[:, :90].log_softmax(-1)
+        expected = full.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logp), expected, rtol=1e-4, atol=1e-4)
+        assert max(ids) < 90
+
+
+@pytest.mark.parametrize("bad", [
+    {"prompts": []}, {"prompts": [[1], []]}, {"temperature": -1.0}, {"top_p": 0.0}])
+def test_generate_refuses(tmp_path, bad):
+    ours, _ = ours_and_theirs(tmp_path, "llama")
+    with pytest.raises(BadInput, match="generate"):
+        ours.generate(**{"prompts": [[1]], "max_new_tokens": 2, **bad})
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("kind", ["llama3 rope, old", "qwen2", "qwen2 untied", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_save_opens_in_transformers(tmp_path, kind, dtype):
+    """Guards keys (a tied head is not saved, biases are), dtype and config on the way out."""
+    make_hf(tmp_path / "a", kind)
+    ours = Transformer.from_pretrained(tmp_path / "a", dtype)
+    ours.save_pretrained(tmp_path / "b")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert theirs.dtype == dtype
+    again = Transformer.from_pretrained(tmp_path / "b")  # fp32 on both sides: bf16 rounds apart
+    assert (theirs.float()(TOKENS).logits - again.logits(again(TOKENS))).abs().max() < 1e-4
+    before = load_file(tmp_path / "a" / "model.safetensors")
+    after = load_file(tmp_path / "b" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].to(dtype), after[name]) for name in before)
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+
+
+@torch.no_grad()
+def test_shards(tmp_path):
+    """Guards index files, ours and theirs, and a stale index beside a new single file."""
+    make_hf(tmp_path / "a", "qwen2 untied")
+    ours = Transformer.from_pretrained(tmp_path / "a")
+    ours.save_pretrained(tmp_path / "b", max_shard_size="20KB")
+    assert len(list((tmp_path / "b").glob("model-0000*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    theirs.save_pretrained(tmp_path / "c", max_shard_size="30KB")
+    again = Transformer.from_pretrained(tmp_path / "c")
+    assert torch.equal(again(TOKENS), ours(TOKENS))
+    again.save_pretrained(tmp_path / "b")
+    assert torch.equal(Transformer.from_pretrained(tmp_path / "b")(TOKENS), ours(TOKENS))
+
+
+def test_eos_of_generation_config(tmp_path):
+    """Guards chat models that list more EOS ids there than in config.json (Qwen2.5: two)."""
+    make_hf(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 7], "top_p": 0.8}')
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.eos_token_ids == [3, 7]
+    ours.save_pretrained(tmp_path / "b")
+    saved = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert saved == {"eos_token_id": [3, 7], "top_p": 0.8}
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_old_constants_and_saved_tied_heads_load(tmp_path):
+    """Guards Llama-2 files with inv_freq and tied models that were saved with their head."""
+    make_hf(tmp_path, "qwen2")
+    edit(tmp_path, lambda t: t.update({
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert Transformer.from_pretrained(tmp_path).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+    (lambda t: t.pop("model.layers.1.self_attn.q_proj.bias"), "layers.1.self_attn.q_proj.bias"),
+    (lambda t: t.update({"model.layers.9.x": torch.ones(2)}), "model.layers.9.x"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(97, 32)}), "lm_head.weight"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(7)}), "model.norm.weight")])
+def test_wrong_tensors_are_named(tmp_path, change, named):
+    """Guards loading that goes on with missing, surplus or misshapen tensors."""
+    make_hf(tmp_path, "qwen2")
+    edit(tmp_path, change)
+    with pytest.raises(BadInput, match=named.replace(".", r"\.")) as error:
+        Transformer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_broken_files_are_named(tmp_path):
+    """Guards truncated downloads, and the names of what is not there."""
+    make_hf(tmp_path, "qwen2")
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-100], whole[:5], b"", b"\xff" * 200):
+        file.write_bytes(broken)
+        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt or truncated"):
+            Transformer.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(BadInput, match=r"model\.safetensors: missing"):
+        Transformer.from_pretrained(tmp_path)
+    for text in ("{", "[1]", "null", "\udcff"):
+        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(BadInput, match=r"config\.json: missing, or not a JSON object"):
+            Transformer.from_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="not a folder"):
+        Transformer.from_pretrained(tmp_path / "absent")
+    with pytest.raises(BadInput, match="nobody/nothing: not a folder, nor on the Hub"):
+        Transformer.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model_type", "mistral"), ("model_type", None), ("hidden_act", "gelu"), ("mlp_bias", True),
+    ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
+    ("attention_dropout", 0.1), ("quantization_config", {"quant_method": "fp8"}),
+    ("auto_map", {"AutoModel": "x.Y"}), ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_type": "dynamic"}),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("partial_rotary_factor", 0.5),
+    ("rope_scaling", {"type": "default", "mrope_section": [2, 2]}), ("head_dim", 7),
+    ("num_key_value_heads", 3), ("hidden_size", None), ("vocab_size", "97"), ("rms_norm_eps", -1),
+    ("num_attention_heads", 0), ("rope_theta", 0), ("architectures", ["Qwen2ForRewardModel"])])
+def test_unsupported_config_is_refused(key, value):
+    """Guards silently wrong networks: the message has the key (or the part of it) and the value."""
+    raw = raw_config("qwen2") | {key: value}
+    part = {"rope_scaling": "rope_type|low_freq_factor|mrope_section", "rope_parameters": "rope_type"}
+    with pytest.raises(BadInput, match=part.get(key, key)) as error:
+        Config(raw, "some/config.json")
+    assert str(error.value).startswith("some/config.json: ")
+    shown = value if not isinstance(value, dict | list) else ""
+    assert str(shown) in str(error.value)
+
+
+def test_real_configs(shared):
+    """Each of sixty real config.json files is refused by name or has transformers' parameters."""
+    supported, refused = [], []
+    for file in sorted((shared / "configs").glob("*.json")):
+        if "generation_config" in file.name:
+            continue
+        raw = json.loads(file.read_text())
+        try:
+            config = Config(raw, file.name)
+        except BadInput as error:
+            refused.append(str(error))
+            continue
+        supported.append(file.name)
+        config.num_hidden_layers = 1
+        theirs = AutoConfig.for_model(**raw)
+        theirs.num_hidden_layers = 1
+        with torch.device("meta"):
+            ours, theirs = Transformer(config), AutoModelForCausalLM.from_config(theirs)
+        shapes = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+        assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == shapes, file.name
+        assert config.rms_norm_eps == theirs.config.rms_norm_eps
+        assert config.rope_theta == theirs.config.rope_parameters["rope_theta"]
+        assert config.rope_type == theirs.config.rope_parameters["rope_type"]
+    assert len(supported) == 49 and len(refused) == 12, (len(supported), refused)
+    assert all(" = " in message for message in refused)
