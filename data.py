@@ -68,6 +68,10 @@ class Tokenizer:
         file, config = self.folder / "tokenizer_config.json", {}
         if file.exists():
             config = read_json(file)
+        if config.get("legacy") is False and "\u2581" in self.vocab:  # Llama 2: a word mark only in
+            self.backend.normalizer = None  # front of all text, not behind each special token
+            self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                prepend_scheme="first", split=False)
         special = {key: value["content"] if isinstance(value, dict) else value
                    for key, value in config.items() if key.endswith("_token")}
         self.special = {key: value for key, value in special.items() if isinstance(value, str)}
@@ -204,9 +208,10 @@ def encode(record: dict, tokenizer: Tokenizer, where: str, teacher: bool = False
             raise BadInput(f"{where}: no teacher_logprobs; this objective needs log p(y): add them "
                            "with `python data.py score`, or give --teacher")
         if not isinstance(p_logp, list) or len(p_logp) != len(ids):
-            raise BadInput(f"{where}: teacher_logprobs: {len(p_logp)} numbers for the {len(ids)} "
-                           "tokens of the response (end of turn included); was the teacher's "
-                           "tokenizer another? SFT needs none of them")
+            count = len(p_logp) if isinstance(p_logp, list) else "no"
+            raise BadInput(f"{where}: teacher_logprobs: {count} numbers for the {len(ids)} tokens of "
+                           "the response, end of turn included; has the teacher another tokenizer? "
+                           "The objective sft needs none of them")
         for value in p_logp:
             if not isinstance(value, int | float) or not -math.inf < value <= 1e-3:
                 raise BadInput(f"{where}: teacher_logprobs: {value} is not a log-probability")
@@ -370,7 +375,7 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
     probability of leaving a value out.
 
     >>> toy_trace(random.Random(1), skip=0.6)["prompt"]
-    '2 a+4 b*4 c*4 d-4 e+2 f-3'
+    '2 a+3 b*4 c-2 d-4 e+3 f-3'
     """
     value, step = rng.randrange(10), 0
     signs = ["*" if rng.random() < times else rng.choice("+-") for _ in LETTERS]

@@ -1,0 +1,294 @@
+"""data.py: templates and ids against transformers, masks, batches, scoring, broken files."""
+
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+from model import BadInput
+
+# tokenizer name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
+REAL = {
+    "Qwen2.5-Instruct": ("Qwen2.5-Instruct", "Qwen2.5-Instruct", "tokenizer_config", "<|im_end|>"),
+    "Qwen2.5-base": ("Qwen2.5-Instruct", "Qwen2.5-base", "tokenizer_config", "<|im_end|>"),
+    "Qwen3": ("Qwen3", "Qwen3", "tokenizer_config", "<|im_end|>"),
+    "Qwen3-4B-2507-Thinking": ("Qwen3", "Qwen3-4B-2507", "tokenizer_config", "<|im_end|>"),
+    "Llama-3.2-Instruct": ("Llama-3.2-Instruct", "Llama-3.2-Instruct", "tokenizer_config",
+                           "<|eot_id|>"),
+    "TinyLlama-1.1B-Chat-v1.0": ("TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B-Chat-v1.0",
+                                 "tokenizer_config", "</s>"),
+    "SmolLM2-Instruct": ("SmolLM2-Instruct", "SmolLM2-Instruct", "tokenizer_config", "<|im_end|>"),
+    "DeepSeek-R1-Distill-Qwen": ("DeepSeek-R1-Distill-Qwen", "DeepSeek-R1-Distill-Qwen",
+                                 "tokenizer_config", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    "DeepSeek-R1-Distill-Qwen (2025-02 template)": (
+        "DeepSeek-R1-Distill-Qwen", "DeepSeek-R1-Distill-Qwen",
+        "tokenizer_config.2025-02-think-in-prompt", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    "Llama-2-7b-hf": ("Llama-2-7b-hf", "Llama-2-7b-hf", "tokenizer_config", "</s>"),
+}
+
+
+def real_tokenizer(shared, tmp_path, name):
+    vocabulary, rest, config, _ = REAL[name]
+    rest, vocabulary = shared / "tokenizers" / rest, shared / "tokenizers" / vocabulary
+    shutil.copyfile(next(vocabulary.glob("tokenizer*.json")) if "R1" not in name else
+                    vocabulary / "tokenizer.RECONSTRUCTED.json", tmp_path / "tokenizer.json")
+    if (vocabulary / "tokenizer.json").exists():
+        shutil.copyfile(vocabulary / "tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copyfile(rest / f"{config}.json", tmp_path / "tokenizer_config.json")
+    if (rest / "chat_template.jinja").exists():
+        shutil.copyfile(rest / "chat_template.jinja", tmp_path / "chat_template.jinja")
+    return data.Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monkeypatch):
+    """Guards rendering (against transformers' own output, stored), a second BOS, and training on
+    the EOS of the base model where the chat template ends a turn with another token."""
+    monkeypatch.setitem(data.TEMPLATES.globals, "strftime_now", lambda form: "21 Nov 2026")
+    tokenizer = real_tokenizer(shared, tmp_path, name)
+    assert tokenizer.vocab[REAL[name][3]] == tokenizer.end
+    cases = [json.loads(line) for line in open(shared / "chat_template_renders.jsonl")]
+    cases = [case for case in cases if case["tokenizer"] == name]
+    assert len(cases) == 7 * (name != "Llama-2-7b-hf")  # which has no template
+    for case in cases:
+        if "continue_final_message" not in case["kwargs"]:
+            text = tokenizer.render(case["messages"], case["add_generation_prompt"], **case["kwargs"])
+            assert text == case["rendered"], case["case"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "What is 12 + 34? \\boxed{} it."}]
+    if cases:
+        expected = theirs(theirs.apply_chat_template(turns, tokenize=False,
+                                                     add_generation_prompt=True, date_string="21 Nov 2026"),
+                          add_special_tokens=False)["input_ids"]
+    else:
+        expected = theirs(turns[0]["content"])["input_ids"]
+    assert tokenizer.prompt(turns) == expected
+
+
+def test_ids_of_real_tokenizers(shared):
+    """Guards special tokens added twice, and prompt and response encoded as one text (`joint`)."""
+    cases = [json.loads(line) for line in open(shared / "tokenizer_golden.jsonl")]
+    loaded, seams = {}, 0
+    for case in cases:
+        name = case["tokenizer_file"]
+        if name not in loaded:
+            loaded[name] = tokenizer = data.Tokenizer.__new__(data.Tokenizer)
+            tokenizer.backend = data.tokenizers.Tokenizer.from_file(str(shared / "tokenizers" / name))
+        encode = loaded[name].encode
+        if "text" in case:
+            assert encode(case["text"]) == case["ids"]
+        else:
+            assert encode(case["prompt"]) + encode(case["response"]) == case["separate"]
+            seams += case["separate"] != case["joint"]
+    assert len(cases) == 224 and seams > 10
+
+
+def test_thinking_is_not_eaten(shared, tmp_path):
+    """Guards R1's template, which drops all text up to </think> from an assistant's turn."""
+    tokenizer = real_tokenizer(shared, tmp_path, "DeepSeek-R1-Distill-Qwen")
+    trace = {"prompt": "2+2?", "response": "<think>\nAdd.\n</think>\n\nIt is \\boxed{4}."}
+    example = data.encode(trace, tokenizer, "line 1")
+    response = example.tokens[example.prompt:].tolist()
+    assert tokenizer.decode(response) == trace["response"]
+    assert response[0] == tokenizer.vocab["<think>"] and response[-1] == tokenizer.end
+
+
+def test_padding_baked_into_a_tokenizer_is_ignored(toy_model, tmp_path):
+    """Guards prompts that come back 128 tokens long, or cut (seen in a real fine-tune)."""
+    raw = json.loads((toy_model / "tokenizer.json").read_text())
+    raw["padding"] = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None,
+                      "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    shutil.copyfile(toy_model / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    assert len(data.Tokenizer(tmp_path).encode("1 a+2 b*3")) == 3
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.__mro__ }}", "{{ raise_exception('no system role') }}", "{% for %}",
+    "{{ messages[0].content + 1 }}", "{% set _ = messages.append(1) %}"])
+def test_bad_chat_templates(toy_model, tmp_path, template):
+    """Guards templates that reach into Python: they run in jinja2's immutable sandbox."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadInput, match="chat template"):
+        data.Tokenizer(tmp_path / "m").prompt([{"role": "user", "content": "hi"}])
+
+
+# ------------------------------------------------------------------------------- examples, batches
+
+
+def toy_examples(tokenizer, count, skip=0.5):
+    rng = random.Random(0)
+    records = [{**data.toy_trace(rng, skip=skip), "id": i} for i in range(count)]
+    return [data.encode(record, tokenizer, "line 1") for record in records]
+
+
+def test_batch_supervises_the_response_and_nothing_else(toy_model):
+    """Guards a shift by one, a lost first token, an unsupervised EOS, and padding that is
+    supervised: a network that says "the next token" must be right at every row."""
+    tokenizer = data.Tokenizer(toy_model)
+    examples = toy_examples(tokenizer, 50)
+    batch = data.collate(examples)
+    assert len({len(example.tokens) for example in examples}) > 2
+    following = torch.zeros_like(batch.tokens)
+    for b, example in enumerate(examples):
+        n = len(example.tokens)
+        assert batch.tokens[b].tolist() == example.tokens[:-1].tolist() + [0] * (
+            batch.tokens.shape[1] - n + 1)
+        following[b, :n - 1] = torch.from_numpy(example.tokens[1:])
+    assert torch.equal(following.flatten()[batch.rows], batch.y)
+    assert batch.y.tolist() == [t for e in examples for t in e.tokens[e.prompt:].tolist()]
+    assert (batch.y == tokenizer.end).sum() == 50
+    assert len(batch.rows.unique()) == len(batch.rows)
+
+
+def test_order_of_traces(toy_model):
+    """Guards epochs that skip or repeat traces, one order for all epochs, and a step whose traces
+    depend on how it is cut into micro-batches."""
+    examples = toy_examples(data.Tokenizer(toy_model), 24)
+
+    def names(step, batch_size, grad_accum, seed=0):
+        batches = data.step_batches(examples, step, batch_size, grad_accum, seed)
+        assert [len(batch.ids) for batch in batches] == [batch_size] * grad_accum
+        return [name for batch in batches for name in batch.ids]
+
+    epochs = [sum((names(step, 4, 2) for step in range(3 * e, 3 * e + 3)), []) for e in range(3)]
+    assert all(sorted(map(int, epoch)) == list(range(24)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert names(1, 8, 1) == names(1, 2, 4) == names(1, 1, 8)
+    assert names(1, 8, 1) != names(1, 8, 1, seed=1)
+    assert len(set(names(0, 16, 1) + names(1, 16, 1))) == 24  # across the end of an epoch
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+GOOD = {"prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0"}
+
+
+def test_left_out_traces_are_counted(toy_model, tmp_path):
+    """Guards training on wrong, unfinished or cut traces, and dropping them in silence."""
+    file = write(tmp_path / "t.jsonl", GOOD, {**GOOD, "correct": False, "finished": True},
+                 {**GOOD, "correct": False, "finished": False}, {**GOOD, "correct": True},
+                 {**GOOD, "response": "a=0 " * 90}, {"messages": [
+                     {"role": "user", "content": "7 a+3"}, {"role": "assistant", "content": "a=0"}]})
+    examples, dropped = data.load_traces(file, data.Tokenizer(toy_model), 64)
+    assert dropped == {"wrong": 1, "unfinished": 1, "longer than 64 tokens": 1}
+    assert [len(example.tokens) - example.prompt for example in examples] == [5, 5, 2]
+    assert [example.id for example in examples] == ["1", "4", "6"]
+
+
+@pytest.mark.parametrize("line, named", [
+    ('{"prompt": "x"', "line 2: not valid JSON"), ("[1]", "line 2: expected an object"),
+    (b'{"prompt": "\xff"}', "line 2: not valid JSON"),
+    ({"response": "a=0"}, "line 2: no field prompt; it has response"),
+    ({"prompt": "x"}, "line 2: no field response; it has prompt"),
+    ({**GOOD, "response": ""}, "line 2: response = ''"),
+    ({**GOOD, "response": 5}, "line 2: response = '5'"),
+    ({**GOOD, "prompt": " "}, "line 2: prompt = ' '"),
+    ({**GOOD, "messages": "hi"}, "line 2: messages"), ({**GOOD, "messages": [{}]}, "line 2: messages"),
+    ({**GOOD, "tokens": [1, 9999]}, "line 2: tokens"), ({**GOOD, "tokens": ["a"]}, "line 2: tokens"),
+    ({**GOOD, "teacher_logprobs": None}, "line 2: no teacher_logprobs.*data.py score"),
+    ({**GOOD, "teacher_logprobs": [-1.0] * 4}, "line 2: teacher_logprobs: 4 numbers for the 5 tokens"),
+    ({**GOOD, "teacher_logprobs": 3}, "line 2: teacher_logprobs"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]}, "line 2: teacher_logprobs: nan"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]}, "line 2: teacher_logprobs: 0.5"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]}, "line 2: teacher_logprobs: x")])
+def test_broken_traces_are_named(toy_model, tmp_path, line, named):
+    """Guards every refusal: file, line, field, and what to do."""
+    file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": [-1.0] * 5})
+    line = json.dumps(line) if isinstance(line, dict) else line
+    file.write_bytes(file.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(BadInput, match=rf"{file} {named}"):
+        data.load_traces(file, data.Tokenizer(toy_model), 64, teacher=True)
+
+
+def test_missing_and_empty_files_are_named(toy_model, tmp_path):
+    tokenizer = data.Tokenizer(toy_model)
+    with pytest.raises(BadInput, match=r"absent\.jsonl: cannot be read: No such file"):
+        data.load_traces(tmp_path / "absent.jsonl", tokenizer, 64)
+    with pytest.raises(BadInput, match=r"t\.jsonl: no usable trace \(the file is empty\)"):
+        data.load_traces(write(tmp_path / "t.jsonl"), tokenizer, 64)
+    with pytest.raises(BadInput, match=r"no usable trace \(2 wrong\)"):
+        data.load_traces(write(tmp_path / "t.jsonl", *[{**GOOD, "correct": False}] * 2), tokenizer, 64)
+    with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
+        data.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"tokenizer\.json: not a readable tokenizer"):
+        data.Tokenizer(tmp_path)
+
+
+def test_vocabulary_mismatch_is_refused(toy_model, tmp_path):
+    """Guards a tokenizer whose ids the model has no rows for: an index error deep in a run."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    make_hf(tmp_path / "m", "qwen2", vocab_size=50)
+    with pytest.raises(BadInput, match="vocabulary mismatch: tokenizer.json has ids up to 128"):
+        data.load(tmp_path / "m")
+
+
+def test_score_equals_transformers(toy_model, tmp_path, capsys):
+    """Guards scoring at the wrong position, in another order, with padding mixed in, or of rows of
+    the head that the tokenizer does not have; and what is written must load."""
+    rng = random.Random(1)
+    records = [{**data.toy_trace(rng, skip=0.5), "id": i} for i in range(20)]
+    traces = write(tmp_path / "in.jsonl", *records, {**GOOD, "response": "a=0 " * 99})
+    out = tmp_path / "deep" / "out.jsonl"
+    data.main(["score", "--traces", str(traces), "--teacher", str(toy_model), "--out", str(out),
+               "--batch-size", "3", "--max-length", "64"])
+    assert "20 traces scored, 1 left out (longer than 64 tokens)" in capsys.readouterr().out
+    examples, _ = data.load_traces(out, data.Tokenizer(toy_model), 64, teacher=True)
+    theirs = AutoModelForCausalLM.from_pretrained(toy_model)
+    for i, example in enumerate(examples):
+        ids = torch.from_numpy(example.tokens.astype(np.int64))
+        logp = theirs(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        assert example.id == str(i)
+        assert np.abs(example.p_logp - logp[example.prompt - 1:].detach().numpy()).max() < 1e-4
+    bytes_per_token = (out.stat().st_size - len("".join(map(json.dumps, records)))) / sum(
+        len(example.p_logp) for example in examples)
+    assert bytes_per_token < 20  # 8 for the signal; short toy responses carry the field names, too
+
+
+# ----------------------------------------------------------------------------------------- toy world
+
+
+def test_toy_traces(toy_model):
+    """Guards the rule, the share of multiplications and of skipped values, and that text and tokens
+    stand for each other."""
+    tokenizer, rng = data.Tokenizer(toy_model), random.Random(0)
+    traces = [data.toy_trace(rng, times=0.1, skip=0.6) for _ in range(2000)]
+    for trace in traces:
+        start, *operations = trace["prompt"].split()
+        value, values = int(start), {}
+        for letter, sign, k in operations:
+            value = {"+": value + int(k), "-": value - int(k), "*": value * int(k)}[sign] % 10
+            values[letter] = value
+        *steps, _, answer = trace["response"].split()
+        assert answer == trace["answer"] == str(value) and steps[-1][0] == "f"
+        assert all(values[step[0]] == int(step[2]) for step in steps)
+        assert tokenizer.decode(tokenizer.encode(trace["response"])) == trace["response"]
+    text = " ".join(trace["prompt"] for trace in traces)
+    assert abs(text.count("*") / 12000 - 0.1) < 0.02
+    steps = sum(len(trace["response"].split()) - 2 for trace in traces) / 2000
+    assert 3.8 < steps < 4.1  # a chain of six values, each left out with 0.6 unless the last was
+    assert "<unk>" not in tokenizer.decode(tokenizer.encode(text))
+
+
+def test_problem_fields(tmp_path):
+    """Guards the field names of the usual benchmarks and numbers as answers."""
+    file = write(tmp_path / "p.jsonl", {"question": "q", "answer": "x #### 3"},
+                 {"problem": "p", "expected_answer": 7, "id": "a"}, {"prompt": "r", "solution": "s"})
+    assert data.load_problems(file) == [
+        {"id": "1", "prompt": "q", "answer": "x #### 3"}, {"id": "a", "prompt": "p", "answer": "7"},
+        {"id": "3", "prompt": "r", "answer": "s"}]
+    with pytest.raises(BadInput, match=r"p\.jsonl line 1: no field prompt or question or problem"):
+        data.load_problems(write(tmp_path / "p.jsonl", {"answer": "3"}))
