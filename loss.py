@@ -105,16 +105,16 @@ def split_name(objective: str) -> tuple[str, bool]:
 def token_losses(objective: str, q_logits: Tensor, y: Tensor, p_logits: Tensor | None = None,
                  p_logp: Tensor | None = None, tau: float = TAU, beta: float = 0.5,
                  ) -> tuple[Tensor, Tensor]:
-    """N rows -> (w * loss [N], w [N]), w = 1 where the objective has no weight.
+    """N rows -> (loss [N], w [N] without gradient, 1 where the objective has no weight).
 
     q_logits, p_logits [N, V]; y [N]; p_logp [N] is the stored log p(y), taken from p_logits if that
-    is given. The reduction is the sum over rows divided by the supervised tokens of the *whole*
-    optimizer step: a mean over micro-batches would depend on how the step is cut."""
+    is given. The objective is sum(w * loss) / N over the supervised tokens of a *whole* optimizer
+    step: a mean of micro-batch means would depend on how the step is cut."""
     name, weighted = split_name(objective)
-    loss = OBJECTIVES[name](q_logits, y, p_logits, beta)
+    losses = OBJECTIVES[name](q_logits, y, p_logits, beta)
     if not weighted:
-        return loss, torch.ones_like(loss)
+        return losses, torch.ones_like(losses)
     with torch.no_grad():
-        q_logp = -(loss if name == "sft" else sft(q_logits, y))
-        weight = discord_weight(q_logp, p_logp if p_logits is None else -sft(p_logits, y), tau)
-    return weight * loss, weight
+        q_logp = -(losses if name == "sft" else sft(q_logits, y))
+        p_logp = p_logp if p_logits is None else -sft(p_logits, y)
+        return losses, discord_weight(q_logp, p_logp, tau)

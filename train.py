@@ -94,7 +94,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
              vocab_size: int, teacher: Transformer | None = None) -> Tensor:
     """Adds one micro-batch's share of the gradient of sum(w * loss) / tokens, where `tokens` counts
-    the supervised tokens of the whole step. Returns its sums of (w * loss, w, w^2), [3].
+    the supervised tokens of the whole step. Returns its sums of (w * loss, loss, w, w^2), [4].
 
     The head is V = 151 936 wide, so logits exist for CHUNK rows at a time: each chunk goes backward
     at once, as far as the rows of `hidden`; these go down the network after the last chunk."""
@@ -102,7 +102,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     rows = hidden.detach().requires_grad_()
     with torch.no_grad():
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.rows] if teacher else None
-    sums = torch.zeros(3, dtype=torch.double, device=rows.device)
+    sums = torch.zeros(4, dtype=torch.double, device=rows.device)
     for start in range(0, len(rows), CHUNK):
         part, p_logits = slice(start, start + CHUNK), None
         if teacher:
@@ -110,10 +110,11 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
                 p_logits = teacher.logits(p_hidden[part])[:, :vocab_size]
         q_logits = student.logits(rows[part])[:, :vocab_size]  # some heads have unused rows
         p_logp = None if batch.p_logp is None else batch.p_logp[part]
-        losses, weight = loss.token_losses(args.objective, q_logits, batch.y[part], p_logits,
-                                           p_logp, args.tau, args.beta)
-        (losses.sum() / tokens).backward()
-        sums += torch.stack([losses.detach().sum(), weight.sum(), weight.square().sum()])
+        losses, w = loss.token_losses(args.objective, q_logits, batch.y[part], p_logits, p_logp,
+                                      args.tau, args.beta)
+        total = (w * losses).sum()
+        (total / tokens).backward()
+        sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
     hidden.backward(rows.grad)
     return sums
 
@@ -217,6 +218,7 @@ def train(args: argparse.Namespace) -> dict:
     if checkpoint:
         first = int(checkpoint.name.removeprefix("checkpoint-"))
         load_optimizer(checkpoint / "optimizer.safetensors", student, optimizer)
+    if log.exists():  # lines behind the checkpoint will be written again
         data.write_jsonl(log, [row for _, row in data.read_jsonl(log) if row["step"] <= first])
 
     # ---- header
@@ -238,10 +240,9 @@ def train(args: argparse.Namespace) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = data.step_batches(examples, step, args.batch_size, args.grad_accum, args.seed)
-        tokens, sums = sum(len(batch.y) for batch in batches), torch.zeros(3, dtype=torch.double)
-        for batch in batches:
-            sums = sums.to(args.device) + backward(student, batch.to(args.device), args, tokens,
-                                                   tokenizer.vocab_size, teacher)
+        tokens = sum(len(batch.y) for batch in batches)
+        sums = sum(backward(student, batch.to(args.device), args, tokens, tokenizer.vocab_size,
+                            teacher) for batch in batches)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -258,18 +259,19 @@ def train(args: argparse.Namespace) -> dict:
                 raise BadInput(f"{out}: loss or gradient is not finite at step "
                                f"{done - len(rows) + i + 1}, traces {', '.join(pending[i][1])}; the "
                                f"last checkpoint is good. Lower --lr, or look at these traces")
-        total, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
+        total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
         now = time.perf_counter()
-        line = {"step": done, "loss": total / tokens, "weight": w / tokens,
-                "ess": w * w / w2 / tokens if w2 else 0.0, "grad_norm": norms / len(rows), "lr": rate,
+        line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
+                "weight": w / tokens, "ess": w * w / (w2 * tokens), "lr": rate,
+                "grad_norm": norms / len(rows),
                 "tokens_per_s": tokens / (now - last), "memory_gb": memory_gb(args.device)}
         pending, last = [], now
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        progress.write(f"step {done:5}/{args.steps}  loss {line['loss']:.4f}  weight "
-                       f"{line['weight']:.3f}  ess {line['ess']:.2f}  norm {line['grad_norm']:.2f}  "
-                       f"lr {rate:.1e}  {line['tokens_per_s']:,.0f} tok/s  "
-                       f"{line['memory_gb']:.2f} GB", file=sys.stdout)
+        progress.write(f"step {done:5}/{args.steps}  loss {line['loss']:.4f}  unweighted "
+                       f"{line['unweighted']:.4f}  w {line['weight']:.2f}  ess {line['ess']:.2f}  "
+                       f"norm {line['grad_norm']:.2f}  lr {rate:.1e}  {line['tokens_per_s']:,.0f} "
+                       f"tok/s  {line['memory_gb']:.2f} GB", file=sys.stdout)
         if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
 

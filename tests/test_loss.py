@@ -1,0 +1,224 @@
+"""loss.py: every formula against a naive float64 version, value and gradient; the weight's facts."""
+
+import math
+
+import pytest
+import torch
+
+import loss
+
+N, V = 7, 11
+
+
+def logits(seed, scale=3.0):
+    return torch.randn(N, V, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+Y = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(9))
+
+
+def naive(name, q_logits, y, p_logits, beta):
+    """The formulas of the paper, one probability at a time, in float64."""
+    rows = []
+    for zq, zp, token in zip(q_logits, p_logits, y.tolist(), strict=True):
+        q, p = zq.softmax(-1), zp.softmax(-1)
+        total = 0
+        for v in range(V):
+            a = (p[v] / (p[v] + q[v])).detach()
+            m = beta * p[v] + (1 - beta) * q[v]
+            total = total + {
+                "sft": -(v == token) * q[v].log(),
+                "kl": p[v] * (p[v] / q[v]).log(),
+                "rkl": q[v] * (q[v] / p[v]).log(),
+                "todi": a * p[v] * (p[v] / q[v]).log() + (1 - a) * q[v] * (q[v] / p[v]).log(),
+                "gkd": beta * p[v] * (p[v] / m).log() + (1 - beta) * q[v] * (q[v] / m).log()}[name]
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("objective", loss.NAMES)
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_value_and_gradient_equal_naive(objective, beta):
+    """Guards every formula and, with p and q far apart and beta away from 1/2, p and q exchanged;
+    and that the weight multiplies each loss and has no gradient of its own."""
+    name, weighted = loss.split_name(objective)
+    p, q = logits(1), logits(2).requires_grad_()
+    got, weight = loss.token_losses(objective, q, Y, None if name == "sft" else p,
+                                    p.log_softmax(-1)[range(N), Y], tau=0.6, beta=beta)
+    (weight * got).sum().backward()
+    q64, p64 = logits(2).double().requires_grad_(), p.double()
+    expected = naive(name, q64, Y, p64, beta)
+    w = torch.ones(N)
+    if weighted:
+        ratio = (q64.softmax(-1) / p64.softmax(-1))[range(N), Y].detach()
+        w = 2 / (1 + ratio ** (-1 / 0.6))
+        assert w.min() < 0.2 and w.max() > 1.5
+    (w * expected).sum().backward()
+    torch.testing.assert_close(weight, w.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q.grad, q64.grad.float(), rtol=1e-4, atol=1e-5)
+    assert not weight.requires_grad
+
+
+def test_generalised_jsd_equals_trl():
+    """Guards TRL's convention of beta (m = beta p + (1 - beta) q), the ends included."""
+    from trl.experimental.gkd import GKDTrainer
+    p, q = logits(1), logits(2)
+    for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
+        theirs = GKDTrainer.generalized_jsd_loss(q[None], p[None], beta=beta, reduction="none")
+        torch.testing.assert_close(loss.gkd(q, p, beta), theirs.reshape(N, V).sum(-1))
+
+
+def test_weighted_cross_entropy_equals_trl_dft():
+    """Guards the direction of the weight: against p = 1 at tau = 1, w = 2q / (1 + q), so DisCorD's
+    loss is TRL's dft loss (-q log q, q without gradient) times 2 / (1 + q)."""
+    q = logits(2)
+    nll = loss.sft(q, Y)
+    got, w = loss.token_losses("discord", q, Y, p_logp=torch.zeros(N), tau=1.0)
+    torch.testing.assert_close(w * got, nll * (-nll).exp() * 2 / (1 + (-nll).exp()))
+
+
+def test_divergences_vanish_at_the_teacher():
+    """Guards a cross-entropy taken for a KL, and bf16 arithmetic that makes a KL negative."""
+    for dtype in (torch.float32, torch.bfloat16):
+        z = logits(3, scale=8).to(dtype)
+        for f in (loss.kl, loss.rkl, loss.todi, loss.gkd):
+            q = z.clone().requires_grad_()
+            value = f(q, z)
+            value.sum().backward()
+            assert value.dtype == torch.float32 and value.abs().max() < 1e-6
+            assert q.grad.abs().max() < 1e-6
+
+
+def test_bf16_inputs_are_computed_in_fp32():
+    """Guards a log-softmax in bf16, which is off by up to 0.2 nats on real logits."""
+    q, p = logits(1, 20).bfloat16(), logits(2, 20).bfloat16()
+    for objective in loss.NAMES:
+        teacher = None if loss.split_name(objective)[0] == "sft" else p
+        p_logp = p.float().log_softmax(-1)[range(N), Y]
+        got = loss.token_losses(objective, q, Y, teacher, p_logp)
+        full = None if teacher is None else p.double()
+        for a, b in zip(got, loss.token_losses(objective, q.double(), Y, full, p_logp), strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_todi_is_jeffreys_in_value_only():
+    p, q = logits(1), logits(2).requires_grad_()
+    both = loss.kl(q, p) + loss.rkl(q, p)
+    torch.testing.assert_close(loss.todi(q, p), both)
+    grads = [torch.autograd.grad(value.sum(), q)[0] for value in (loss.todi(q, p), both)]
+    assert (grads[0] - grads[1]).abs().max() > 0.05
+
+
+def test_gkd_at_its_ends():
+    """Guards the special cases: by definition they are kl and rkl, by formula the value goes to 0,
+    as beta KL(p|q) and as (1 - beta) KL(q|p)."""
+    p, q = logits(1), logits(2)
+    assert torch.equal(loss.gkd(q, p, 0.0), loss.kl(q, p))
+    assert torch.equal(loss.gkd(q, p, 1.0), loss.rkl(q, p))
+    small = 1e-3
+    p, q = logits(1, 1.0).double(), logits(2, 1.0).double()
+    torch.testing.assert_close(loss.gkd(q, p, small) / small, loss.kl(q, p), rtol=0.02, atol=0)
+    torch.testing.assert_close(loss.gkd(q, p, 1 - small) / small, loss.rkl(q, p), rtol=0.02, atol=0)
+
+
+# --------------------------------------------------------------- facts of the weight (method, §2)
+
+
+def test_fact_1_agreement_is_sft():
+    """q = p on the data: weights are 1, loss and gradient are exactly those of SFT."""
+    q = logits(2).requires_grad_()
+    nll = loss.sft(q, Y)
+    got, weight = loss.token_losses("discord", q, Y, p_logp=-nll.detach())
+    assert weight.tolist() == [1.0] * N and torch.equal(got, nll)
+    grads = [torch.autograd.grad(value.sum(), q)[0] for value in (weight * got, loss.sft(q, Y))]
+    assert torch.equal(*grads)
+
+
+def test_fact_2_infinite_tau_is_sft():
+    q = logits(2)
+    got, weight = loss.token_losses("discord", q, Y, p_logp=logits(1)[:, 0].abs().neg(), tau=1e9)
+    torch.testing.assert_close(weight, torch.ones(N))
+    torch.testing.assert_close(got, loss.sft(q, Y))
+
+
+def test_tau_1_is_the_posterior():
+    """2q / (p + q): above 1 where the student is surer of the token than the teacher."""
+    q, p = torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.1, 0.9, 0.5])
+    torch.testing.assert_close(loss.discord_weight(q.log(), p.log(), 1.0), 2 * q / (p + q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fact_4_bounds(dtype):
+    """Guards weights that round to 0 or 2, NaN and inf, for any finite log-probabilities."""
+    values = torch.tensor([0.0, -1e-6, -0.3, -5.0, -88.0, -200.0, -1e4], dtype=dtype)
+    q_logp, p_logp = torch.meshgrid(values, values, indexing="ij")
+    for tau in (0.05, 0.5, 1.0, 30.0):
+        weight = loss.discord_weight(q_logp, p_logp, tau)
+        assert ((weight > 0) & (weight < 2)).all()
+        assert torch.equal(weight.diagonal(), torch.ones(7, dtype=weight.dtype))
+        exact = 2 * torch.sigmoid((q_logp - p_logp).double() / tau)
+        assert (weight - exact).abs().max() < (1e-6 if dtype != torch.bfloat16 else 0.5)
+
+
+def test_extreme_logits_stay_finite():
+    """p or q of exactly 0 and 1: values and gradients are finite for every objective."""
+    q = torch.tensor([[0.0, -1e4, -1e4], [-1e4, 0.0, 0.0], [50.0, 0.0, -50.0]], requires_grad=True)
+    p = torch.tensor([[-1e4, 0.0, -1e4], [-1e4, 0.0, 0.0], [-50.0, 0.0, 50.0]])
+    y = torch.tensor([1, 0, 2])
+    for objective in loss.NAMES:
+        teacher = None if loss.split_name(objective)[0] == "sft" else p
+        got, weight = loss.token_losses(objective, q, y, teacher, -loss.sft(p, y))
+        grad, = torch.autograd.grad((weight * got).sum(), q)
+        assert torch.isfinite(got).all() and torch.isfinite(weight).all(), objective
+        assert torch.isfinite(grad).all(), objective
+
+
+def tabular(start, tau, steps=20000, teacher=(0.5, 0.3, 0.2)):
+    """Gradient descent of the expected DisCorD loss in a table of three probabilities."""
+    p, z = torch.tensor(teacher).double(), torch.tensor(start).double().log()
+    for _ in range(steps):
+        q_logp = z.log_softmax(-1)
+        mass = p * loss.discord_weight(q_logp, p.log(), tau)
+        z = z + 0.1 * (mass - mass.sum() * q_logp.exp())  # minus the gradient of -sum mass log q
+    return z.softmax(-1)
+
+
+@pytest.mark.parametrize("start, tau, end", [
+    ((0.4, 0.35, 0.25), 4.0, (0.5, 0.3, 0.2)), ((0.4, 0.35, 0.25), 1.0, (0.5, 0.3, 0.2)),
+    ((0.4, 0.35, 0.25), 0.7, (0.5, 0.3, 0.2)), ((0.4, 0.35, 0.25), 0.55, (0.5, 0.3, 0.2)),
+    ((0.4, 0.35, 0.25), 0.45, (0.0007, 0.6, 0.4)), ((0.4, 0.35, 0.25), 0.3, (0.0007, 0.6, 0.4)),
+    ((0.9, 0.09, 0.01), 1.0, (0.5, 0.3, 0.2)), ((0.9, 0.09, 0.01), 0.7, (0.624, 0.375, 0.001)),
+    ((0.9, 0.09, 0.01), 0.55, (1.0, 0.0, 0.0))])
+def test_fact_5_fixed_point(start, tau, end):
+    """The teacher attracts the student when tau > 1/2 and repels it below: inverting tau, or p and
+    q, moves these end points."""
+    torch.testing.assert_close(tabular(start, tau), torch.tensor(end).double(), atol=2e-3, rtol=0)
+
+
+def test_fact_5_contraction():
+    """Near the teacher a round multiplies log-ratios by 1 / (2 tau): the exact update q <- p w /
+    sum(p w) from 1 % away."""
+    p = torch.tensor([0.5, 0.3, 0.2]).double()
+    for tau in (0.3, 0.5, 0.7, 2.0):
+        r = torch.tensor([0.01, -0.01, -0.01]).double()
+        q = p * r.exp() / (p * r.exp()).sum()
+        r = (q / p).log()
+        new = p * loss.discord_weight(q.log(), p.log(), tau)
+        ratio = (new / new.sum() / p).log() / r
+        torch.testing.assert_close(ratio, torch.full((3,), 1 / (2 * tau)).double(), rtol=0.02, atol=0)
+
+
+def test_fact_6_dead_token():
+    """A token that the student gives almost nothing is not learned, at tau = 1 either."""
+    end = tabular((0.9, 0.0999, 0.0001), 1.0, steps=2000)
+    torch.testing.assert_close(end, torch.tensor([0.625, 0.375, 0.0002]).double(), atol=2e-3, rtol=0)
+
+
+def test_names():
+    """Guards an objective that exists without its DisCorD form, or twice."""
+    assert loss.NAMES == ["sft", "kl", "rkl", "todi", "gkd", "discord", "discord-kl", "discord-rkl",
+                          "discord-todi", "discord-gkd"]
+    assert [loss.split_name(name) for name in ("sft", "discord", "discord-todi", "kl")] == [
+        ("sft", False), ("sft", True), ("todi", True), ("kl", False)]
+    assert math.isclose(loss.TAU, 0.7)

@@ -1,0 +1,384 @@
+"""train.py: gradients, accumulation, resuming, refusals, real input. Everything through train()."""
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import make_hf
+from transformers import AutoModelForCausalLM
+
+import data
+import loss
+import train
+from model import BadInput, Transformer
+
+
+@pytest.fixture(scope="session")
+def traces(toy_model, tmp_path_factory):
+    """40 ragged toy traces with random teacher log-probabilities."""
+    rng, file = random.Random(0), tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    records = [{**data.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
+    for record in records:
+        record["teacher_logprobs"] = [-rng.random() * 8 for _ in range(len(
+            record["response"].split()) + 1)]
+    data.write_jsonl(file, records)
+    return file
+
+
+def options(student, traces, out, *more):
+    return train.parse_args([
+        "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
+        "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64", "--log-every",
+        "3", "--save-every", "5", "--device", "cpu", *more])
+
+
+def weights(folder):
+    return Transformer.from_pretrained(folder).state_dict()
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# -------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("objective", loss.NAMES)
+def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkeypatch, objective):
+    """Guards a chunk that is lost or counted twice, hidden states whose gradient stops at the
+    chunk, prompts that are trained on, and head rows that the tokenizer does not have."""
+    monkeypatch.setattr(train, "CHUNK", 7)
+    folder = tmp_path / "wide"
+    shutil.copytree(toy_model, folder)
+    make_hf(folder, "qwen2", vocab_size=150, seed=5)
+    make_hf(tmp_path / "teacher", "qwen2", vocab_size=140, seed=6)
+    student, tokenizer = data.load(folder)
+    teacher = None
+    if loss.split_name(objective)[0] != "sft":
+        teacher = Transformer.from_pretrained(tmp_path / "teacher")
+    examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
+    batch, V = data.collate(examples[:9]), tokenizer.vocab_size
+    args = options(folder, traces, tmp_path, "--objective", objective, "--tau", "0.8", "--beta", "0.3")
+    assert len(batch.y) % 7 and V == 129
+
+    sums = train.backward(student, batch, args, 1234, V, teacher)
+    got = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    p_logits = None
+    if teacher is not None:
+        with torch.no_grad():
+            p_logits = teacher.logits(teacher(batch.tokens)).flatten(0, 1)[batch.rows, :V]
+    q_logits = student.logits(student(batch.tokens)).flatten(0, 1)[batch.rows, :V]
+    losses, weight = loss.token_losses(objective, q_logits, batch.y, p_logits, batch.p_logp, 0.8, 0.3)
+    (weight * losses).sum().div(1234).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    expected = torch.stack([(weight * losses).sum(), losses.sum(), weight.sum(),
+                            weight.square().sum()]).double()
+    torch.testing.assert_close(sums, expected.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_result_does_not_depend_on_the_cut(toy_model, traces, tmp_path):
+    """Guards a mean of micro-batch means: on ragged data 8 x 1, 4 x 2 and 1 x 8 must agree, in the
+    gradient to 1e-6, and over a whole run. (AdamW turns the rounding of gradients that are zero in
+    theory, those of key biases, into whole steps, so the run is compared less strictly.)"""
+    gradients, results, logs = [], [], []
+    for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
+        out = tmp_path / f"{batch_size}"
+        args = options(toy_model, traces, out, "--batch-size", str(batch_size), "--grad-accum",
+                       str(grad_accum), "--lr", "1e-4", "--clip", "0.1")
+        student, tokenizer = data.load(toy_model)
+        examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
+        batches = data.step_batches(examples, 0, batch_size, grad_accum, 0)
+        tokens = sum(len(batch.y) for batch in batches)
+        for batch in batches:
+            train.backward(student, batch, args, tokens, tokenizer.vocab_size)
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+        train.train(args)
+        results.append(weights(out))
+        logs.append([json.loads(line)["loss"] for line in open(out / "log.jsonl")])
+    for other in (1, 2):
+        assert largest_difference(gradients[0], gradients[other]) < 1e-6
+        assert largest_difference(results[0], results[other]) < 1e-5
+        assert max(abs(a - b) for a, b in zip(logs[0], logs[other], strict=True)) < 1e-5
+    assert largest_difference(results[0], weights(toy_model)) > 3e-4
+    assert max(grad.abs().max() for grad in gradients[0].values()) > 0.1
+
+
+def test_ten_steps_equal_a_plain_loop(toy_model, traces, tmp_path):
+    """Guards the loop as a whole (schedule, clipping, order, zeroed gradients) against the same run
+    written with transformers' model, whole logits and unfused AdamW."""
+    args = options(toy_model, traces, tmp_path / "run", "--steps", "10", "--objective", "discord")
+    train.train(args)
+    tokenizer, model = data.Tokenizer(toy_model), AutoModelForCausalLM.from_pretrained(toy_model)
+    examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(10):
+        batches = data.step_batches(examples, step, 8, 1, seed=0)
+        logits = model(batches[0].tokens).logits.flatten(0, 1)[batches[0].rows, :129]
+        nll = -logits.log_softmax(-1).gather(-1, batches[0].y[:, None])[:, 0]
+        weight = 2 / (1 + ((batches[0].p_logp + nll.detach()) / loss.TAU).exp())
+        optimizer.zero_grad()
+        (weight * nll).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (0.55 + 0.45 * math.cos(math.pi * step / 10))
+        optimizer.step()
+    expected = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    assert largest_difference(weights(tmp_path / "run"), expected) < 1e-3
+
+
+def test_learning_rate():
+    args = train.parse_args(["--student", "s", "--traces", "t", "--out", "o", "--lr", "2.0",
+                             "--steps", "100", "--warmup", "0.1"])
+    rates = [train.learning_rate(step, args) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.1) and rates[100] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_bf16_keeps_fp32_weights(toy_model, traces, tmp_path):
+    """Guards bf16 master weights: at lr 1e-4, updates would round to nothing. The loss must follow
+    fp32's."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        train.train(options(toy_model, traces, out, "--dtype", dtype, "--lr", "1e-4", "--objective",
+                            "sft"))
+        losses[dtype] = [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
+    change = {dtype: {name: tensor - weights(toy_model)[name] for name, tensor
+                      in weights(tmp_path / dtype).items()} for dtype in losses}
+    for name, exact in change["float32"].items():
+        cosine = torch.cosine_similarity(exact.flatten(), change["bfloat16"][name].flatten(), dim=0)
+        assert cosine > 0.8 or name.endswith("bias"), (name, cosine)
+    assert losses["bfloat16"] != losses["float32"]
+    assert max(abs(a - b) for a, b in zip(*losses.values(), strict=True)) < 0.05
+
+
+def test_log(toy_model, traces, tmp_path, capsys):
+    """Guards logged numbers that are not those of the interval: the first line is recomputed."""
+    run = train.train(options(toy_model, traces, tmp_path / "run", "--lr", "1e-30", "--tau", "0.9"))
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert [line["step"] for line in lines] == [3, 5, 6, 9, 10, 12]
+    student, tokenizer = data.load(toy_model)
+    examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
+    batches = [data.step_batches(examples, step, 8, 1, 0)[0] for step in range(3)]
+    nll = [-data.response_logp(student, batch, tokenizer.vocab_size) for batch in batches]
+    nll, p_logp = torch.cat(nll), torch.cat([batch.p_logp for batch in batches])
+    w = loss.discord_weight(-nll, p_logp, 0.9)
+    assert lines[0]["loss"] == pytest.approx((w * nll).mean().item(), rel=1e-5)
+    assert lines[0]["unweighted"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert lines[0]["weight"] == pytest.approx(w.mean().item(), rel=1e-5)
+    assert lines[0]["ess"] == pytest.approx((w.sum()**2 / w.square().sum() / len(w)).item(), rel=1e-5)
+    printed = capsys.readouterr().out
+    assert "tok/s" in printed and "GB" in printed and "[####]" in printed and "left out: none" in printed
+    assert "tau=0.9" in printed and run["options"]["tau"] == 0.9 and run["seconds"] > 0
+
+
+# --------------------------------------------------------------------------------- runs and files
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(monkeypatch, args, at):
+    """Runs until the `at`-th optimizer step, then dies as from a signal."""
+    steps, original = [], torch.optim.AdamW.step
+
+    def step(self, *more):
+        steps.append(1)
+        if len(steps) == at:
+            raise Killed
+        return original(self, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        train.train(args)
+
+
+@pytest.mark.parametrize("at", [2, 5, 9, 12])
+def test_resume_is_bit_for_bit(toy_model, traces, tmp_path, monkeypatch, at):
+    """Guards a resumed run that replays or skips traces, loses AdamW's state or its step count, or
+    logs a step twice. Dying before the first checkpoint (step 5) starts over."""
+    train.train(options(toy_model, traces, tmp_path / "whole"))
+    interrupted(monkeypatch, options(toy_model, traces, tmp_path / "cut"), at)
+    train.train(options(toy_model, traces, tmp_path / "cut", "--resume"))
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+            for name in ("whole", "cut")]
+    for line in logs[0] + logs[1]:
+        del line["tokens_per_s"], line["memory_gb"]
+    assert [line for line in logs[1] if line in logs[0]] == logs[1]
+    assert [line["step"] for line in logs[1]] == [line["step"] for line in logs[0]]
+    assert not list((tmp_path / "cut").glob("checkpoint*"))
+
+
+def test_result_opens_in_transformers_in_the_stored_dtype(traces, toy_model, tmp_path):
+    """Guards a student that comes back twice as large, without its tokenizer, or without the end of
+    turn among its EOS ids."""
+    folder = tmp_path / "bf16"
+    shutil.copytree(toy_model, folder)
+    Transformer.from_pretrained(toy_model, torch.bfloat16).save_pretrained(folder)
+    train.train(options(folder, traces, tmp_path / "run"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    ours, tokenizer = data.load(tmp_path / "run")
+    assert theirs.dtype == torch.bfloat16
+    tokens = torch.tensor([tokenizer.encode("7 a+3 b*4 c-2")])
+    with torch.no_grad():
+        difference = (theirs.float()(tokens).logits - ours.logits(ours(tokens))).abs().max()
+    assert difference < 1e-4
+    assert theirs.generation_config.eos_token_id == [3]
+
+
+def test_broken_loss_stops_the_run(toy_model, traces, tmp_path):
+    """Guards training on after a NaN, and a checkpoint that is overwritten with it."""
+    args = options(toy_model, traces, tmp_path / "run", "--save-every", "1", "--warmup", "0.9")
+    original, calls = train.backward, []
+
+    def poisoned(student, *rest):
+        calls.append(1)
+        sums = original(student, *rest)
+        if len(calls) == 9:  # the first micro-batch of step 5
+            next(student.parameters()).grad.fill_(math.nan)
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadInput) as error:
+        patch.setattr(train, "backward", poisoned)
+        train.train(args)
+    assert "not finite at step 5, traces t" in str(error.value)
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-00000004"]
+    train.train(options(toy_model, traces, tmp_path / "run", "--save-every", "1", "--warmup", "0.9",
+                        "--resume"))
+
+
+def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys):
+    """Guards two runs in one folder, resuming with other options or other traces, and files of a
+    checkpoint that do not fit. Each message names the folder or file and the cause."""
+    out = tmp_path / "run"
+    interrupted(monkeypatch, options(toy_model, traces, out), 7)
+
+    def refused(match, *more, traces=traces, student=toy_model, out=out):
+        with pytest.raises(BadInput, match=match):
+            train.train(options(student, traces, out, *more))
+
+    refused(r"run: holds a run already; add --resume")
+    refused("cannot resume: tau was 0.7 and is now 0.5", "--resume", "--tau", "0.5")
+    refused("cannot resume: objective was discord and is now sft", "--resume", "--objective", "sft")
+    other = tmp_path / "other.jsonl"
+    other.write_text(traces.read_text().replace("t1", "t2"))
+    refused("cannot resume: traces was", "--resume", traces=other)
+    changed = traces.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.hashlib, "sha256", lambda content: train.hashlib.md5(content))
+        refused("cannot resume: traces_sha256 was", "--resume")
+    assert traces.read_text() == changed
+    checkpoint = next(out.glob("checkpoint-*"))
+    for file in ("optimizer.safetensors", "model.safetensors"):
+        whole = (checkpoint / file).read_bytes()
+        (checkpoint / file).write_bytes(whole[:-9])
+        refused(f"{file}: missing, corrupt or truncated", "--resume")
+        (checkpoint / file).write_bytes(whole)
+    wrong = {"model.norm.weight exp_avg": torch.ones(3)}
+    whole = (checkpoint / "optimizer.safetensors").read_bytes()
+    train.save_file(wrong, checkpoint / "optimizer.safetensors")
+    refused("optimizer.safetensors: no .* that fits .*another model's state", "--resume")
+    (checkpoint / "optimizer.safetensors").write_bytes(whole)
+    train.train(options(toy_model, traces, out, "--resume"))
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    train.train(options(toy_model, traces, out, "--resume"))
+    assert "finished" in capsys.readouterr().out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    refused("not empty, but no run of train.py", out=traces.parent)
+
+
+def test_objectives_that_lack_their_teacher(toy_model, traces, tmp_path):
+    """Guards a run that finds out late that it cannot know p."""
+    def refused(match, *more, traces=traces):
+        with pytest.raises(BadInput, match=match):
+            train.train(options(toy_model, traces, tmp_path / "run", *more))
+        assert not (tmp_path / "run").exists()
+
+    refused("--objective kl needs the teacher's whole distribution: give --teacher", "--objective", "kl")
+    refused("--objective discord-gkd needs the teacher", "--objective", "discord-gkd")
+    refused("sft uses no --teacher", "--objective", "sft", "--teacher", str(toy_model))
+    bare = tmp_path / "bare.jsonl"
+    data.write_jsonl(bare, [data.toy_trace(random.Random(0))])
+    refused("bare.jsonl line 1: no teacher_logprobs", traces=bare)
+    other = tmp_path / "other"
+    shutil.copytree(toy_model, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"a+2": 15', '"a+2": 16').replace(
+        '"a+3": 16', '"a+3": 15'))
+    refused("vocabulary mismatch", "--objective", "kl", "--teacher", str(other))
+
+
+def test_teacher_in_memory_equals_stored_scalars(toy_model, tmp_path):
+    """Guards log p(y) taken from other positions or over other rows of the head: discord with
+    --teacher and discord with what data.py score stored are the same run, up to 4 decimals."""
+    make_hf(tmp_path / "teacher", "qwen2", vocab_size=131, seed=7)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(toy_model / file, tmp_path / "teacher" / file)
+    rng, plain, scored = random.Random(3), tmp_path / "plain.jsonl", tmp_path / "scored.jsonl"
+    data.write_jsonl(plain, [data.toy_trace(rng, skip=0.4) for _ in range(40)])
+    data.main(["score", "--traces", str(plain), "--teacher", str(tmp_path / "teacher"), "--out",
+               str(scored)])
+    train.train(options(toy_model, plain, tmp_path / "a", "--teacher", str(tmp_path / "teacher")))
+    train.train(options(toy_model, scored, tmp_path / "b"))
+    train.train(options(toy_model, scored, tmp_path / "c", "--objective", "sft"))
+    assert largest_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-3
+    assert largest_difference(weights(tmp_path / "a"), weights(tmp_path / "c")) > 1e-2
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--student", "s"], "give --student, --traces and --out"),
+    (["--student", "s", "--traces", "t"], "give --student, --traces and --out"),
+    (["--tau", "0"], "--tau 0.0: must be above 0"), (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--steps", "-1"], "--steps -1: must be above 0"), (["--beta", "1.5"], "--beta and --warmup"),
+    (["--objective", "dpo"], "invalid choice: 'dpo'"), (["--stu", "x"], "unrecognized arguments")])
+def test_command_line_refuses(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- real input
+
+
+def test_gsm8k(shared, tmp_path):
+    """Real problems and solutions, the real Qwen2.5 tokenizer, a Qwen2 of the full vocabulary:
+    SFT and DisCorD train, the loss falls, and transformers opens the result."""
+    records = []
+    for line in list(open(shared / "benchmarks/gsm8k/train.jsonl"))[:12]:
+        record = json.loads(line)
+        records.append({"prompt": record["question"], "response": record["answer"]})
+    plain, scored = tmp_path / "plain.jsonl", tmp_path / "scored.jsonl"
+    data.write_jsonl(plain, records)
+    real = json.loads((shared / "configs/Qwen2.5-0.5B-Instruct.json").read_text())
+    for seed, name in enumerate(("student", "teacher")):
+        folder = tmp_path / name
+        shutil.copytree(shared / "tokenizers/Qwen2.5-Instruct", folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        make_hf(folder, "qwen2", seed, 0.05, **{**real, "hidden_size": 32, "intermediate_size": 64,
+                                          "num_hidden_layers": 2, "num_attention_heads": 4,
+                                          "num_key_value_heads": 2})
+    data.main(["score", "--traces", str(plain), "--teacher", str(tmp_path / "teacher"), "--out",
+               str(scored)])
+    for objective in ("sft", "discord"):
+        out = tmp_path / objective
+        train.train(train.parse_args([
+            "--student", str(tmp_path / "student"), "--traces", str(scored), "--out", str(out),
+            "--objective", objective, "--steps", "6", "--batch-size", "2", "--grad-accum", "1",
+            "--lr", "1e-2", "--log-every", "1", "--device", "cpu"]))
+        losses = [json.loads(line)["unweighted"] for line in open(out / "log.jsonl")]
+        assert losses[-1] < 0.9 * losses[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "discord", dtype=torch.float32)
+    ours, tokenizer = data.load(tmp_path / "discord")
+    tokens = torch.tensor([tokenizer.prompt([{"role": "user", "content": records[0]["prompt"]}])])
+    with torch.no_grad():
+        difference = (theirs(tokens).logits - ours.logits(ours(tokens))).abs().max()
+    assert theirs.config.vocab_size == 151936 and difference < 1e-4
