@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -122,17 +120,19 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
 # ------------------------------------------------------------------------------- run and resume
 
 
+def sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def open_run(args: argparse.Namespace, facts: dict) -> dict:
-    """run.json of --out: a new one, or with --resume the old one if it has the same options."""
+    """run.json of --out: a new one; or with --resume the old one, if its options are the same."""
     out, file = Path(args.out), Path(args.out, "run.json")
     options = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
     if not file.exists():
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out}: not empty, but no run of train.py; choose another --out")
         data.write_jsonl(file, [{**facts, "options": options}])
-    elif not args.resume:
-        raise BadInput(f"{out}: holds a run already; add --resume to continue it, or choose "
-                       "another --out")
     run = read_json(file)
     for key, now in {**options, "traces_sha256": facts["traces_sha256"]}.items():
         before = {**run, **run["options"]}.get(key)
@@ -143,30 +143,26 @@ def open_run(args: argparse.Namespace, facts: dict) -> dict:
 
 
 def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> None:
-    """Everything a resumed run needs. Written beside and renamed: it is whole or not there."""
+    """All that a resumed run needs, with checksums. Written beside and renamed: whole or absent."""
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step:08}"
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
     save_file({f"{name} {key}": value for name, parameter in student.named_parameters()
                for key, value in optimizer.state[parameter].items()},
-              temporary / "optimizer.safetensors")
+              temporary / "optimizer.safetensors")  # a pickle from somebody else could run code
+    data.write_jsonl(temporary / "sums.json", [{f.name: sha256(f) for f in temporary.iterdir()}])
     temporary.rename(final)
     for old in set(out.glob("checkpoint-*")) - {final}:
         shutil.rmtree(old)
 
 
-def load_optimizer(file: Path, student: Transformer, optimizer) -> None:
-    """AdamW's state from safetensors, not from a pickle: a run's folder may be somebody else's."""
-    try:
-        saved = load_file(file, device=str(next(student.parameters()).device))
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: missing, corrupt or truncated: {error}") from error
-    for name, parameter in student.named_parameters():
-        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        for key, shape in shapes.items():
-            if f"{name} {key}" not in saved or saved[f"{name} {key}"].shape != shape:
-                raise BadInput(f"{file}: no {key} that fits {name}: another model's state?")
-        optimizer.state[parameter] = {key: saved[f"{name} {key}"] for key in shapes}
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of a run, its files checked against their checksums."""
+    folder = max(out.glob("checkpoint-0*"), default=None)
+    for name, expected in read_json(folder / "sums.json").items() if folder else ():
+        if not (folder / name).exists() or sha256(folder / name) != expected:
+            raise BadInput(f"{folder / name}: missing or damaged; delete {folder} to begin anew")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------- train
@@ -187,7 +183,7 @@ def train(args: argparse.Namespace) -> dict:
                        "another --out")
 
     # ---- models, traces, folder
-    checkpoint = max(out.glob("checkpoint-0*"), default=None)
+    checkpoint = last_checkpoint(out)
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
     student.compute_dtype, teacher = getattr(torch, args.dtype), None
     if args.teacher:
@@ -197,18 +193,17 @@ def train(args: argparse.Namespace) -> dict:
                            "tokenizers, so their probabilities are not of the same tokens")
     examples, dropped = data.load_traces(args.traces, tokenizer, args.max_length,
                                          teacher=weighted and teacher is None)
-    per_step = args.batch_size * args.grad_accum
-    args.steps = args.steps or math.ceil(args.epochs * len(examples) / per_step)
+    args.steps = args.steps or math.ceil(
+        args.epochs * len(examples) / (args.batch_size * args.grad_accum))
     run = open_run(args, {
-        "commit": commit(), "python": sys.version.split()[0], "torch": torch.__version__,
-        "traces": len(examples), "dropped": dropped,
-        "traces_sha256": hashlib.sha256(Path(args.traces).read_bytes()).hexdigest(),
-        "stored_dtype": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")})
+        "commit": commit(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "traces": len(examples), "dropped": dropped, "traces_sha256": sha256(Path(args.traces)),
+        "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")})
     if "seconds" in run:
         print(f"{out}: this run is finished")
         return run
 
-    # ---- optimizer; norms and biases do not decay
+    # ---- optimizer, in which norms and biases do not decay
     matrices = [parameter for parameter in student.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in student.parameters() if parameter.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
@@ -217,8 +212,11 @@ def train(args: argparse.Namespace) -> dict:
     first, log = 0, out / "log.jsonl"
     if checkpoint:
         first = int(checkpoint.name.removeprefix("checkpoint-"))
-        load_optimizer(checkpoint / "optimizer.safetensors", student, optimizer)
-    if log.exists():  # lines behind the checkpoint will be written again
+        saved = load_file(checkpoint / "optimizer.safetensors", device=args.device)
+        for name, parameter in student.named_parameters():
+            optimizer.state[parameter] = {key: saved[f"{name} {key}"]
+                                          for key in ("step", "exp_avg", "exp_avg_sq")}
+    if log.exists():  # lines behind the checkpoint will come again
         data.write_jsonl(log, [row for _, row in data.read_jsonl(log) if row["step"] <= first])
 
     # ---- header
@@ -264,7 +262,7 @@ def train(args: argparse.Namespace) -> dict:
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "lr": rate,
                 "grad_norm": norms / len(rows),
-                "tokens_per_s": tokens / (now - last), "memory_gb": memory_gb(args.device)}
+                "tokens_per_s": tokens / (now - last), "memory_gb": peak_memory_gb(args.device)}
         pending, last = [], now
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -276,7 +274,7 @@ def train(args: argparse.Namespace) -> dict:
             save_checkpoint(out, done, student, optimizer)
 
     # ---- the result, in the dtype that the student was stored in
-    student.to(getattr(torch, run["stored_dtype"] or "float32")).save_pretrained(out)
+    student.to(getattr(torch, run["stored_as"] or "float32")).save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     for folder in out.glob("checkpoint*"):
@@ -285,98 +283,93 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def commit() -> str:
-    """The commit of this code, for run.json; a copy without git has none."""
-    if shutil.which("git") is None:
-        return "unknown"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent, check=False)
-    return git.stdout.strip() or "unknown"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found and found.returncode == 0 else "unknown"
 
 
-def memory_gb(device: str) -> float:
-    """The peak so far: of the GPU's allocator, or of this process."""
+def peak_memory_gb(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # absent on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
 # ------------------------------------------------------------------------------------- toy world
 
 
+def blank(folder: Path, layers: int, width: int, seed: int) -> str:
+    """An untrained Qwen2 with the toy tokenizer, as a Hugging Face folder."""
+    if not (folder / "config.json").exists():
+        words = data.save_toy_tokenizer(folder)
+        torch.manual_seed(seed)
+        Transformer(Config({
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": words,
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+            "max_position_embeddings": 64})).save_pretrained(folder)
+    return str(folder)
+
+
 def toy(args: argparse.Namespace) -> list[dict]:
-    """Builds the toy world under --out, part by part, with what serves real models: two Hugging Face
-    folders, traces in JSONL, `train` and `evaluate.answers`. Parts that are there are reused."""
-    root, seeded = Path(args.out), Path(args.out) / f"seed{args.seed}"
+    """Builds the toy world in --out with what serves real models: Hugging Face folders, JSONL traces,
+    `train` and `evaluate.answers`. Finished parts are reused. Returns the rows of the table."""
+    root, home = Path(args.out), Path(args.out) / f"seed{args.seed}"
 
-    def build(folder: Path, student: Path, traces: Path, *options: str) -> dict:
-        return train(parse_args(["--student", str(student), "--traces", str(traces), "--resume",
-                                 "--out", str(folder), "--max-length", "64", "--log-every", "100",
-                                 "--device", args.device, "--dtype", args.dtype, *options]))
-
-    def blank(folder: Path, layers: int, width: int, seed: int) -> Path:
-        if not (folder / "config.json").exists():
-            torch.manual_seed(seed)
-            words = data.save_toy_tokenizer(folder)
-            Transformer(Config({
-                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": words,
-                "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-                "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
-                "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-                "max_position_embeddings": 64})).save_pretrained(folder)
-        return folder
+    def build(folder: Path, student: str, traces: Path, objective: str, steps: int, *more) -> str:
+        common = {"--student": student, "--traces": traces, "--out": folder, "--steps": steps,
+                  "--objective": objective, "--batch-size": 64, "--grad-accum": 1,
+                  "--max-length": 64, "--log-every": 100, "--device": args.device, "--lr": 5e-3}
+        train(parse_args(["--resume", *(str(x) for pair in common.items() for x in pair), *more]))
+        return str(folder)
 
     def lessons(file: Path, count: int, **kind) -> Path:
         if not file.exists():
-            rng = random.Random(file.parent.name + file.name)
+            rng = random.Random(str(file.relative_to(root)))
             data.write_jsonl(file, (data.toy_trace(rng, **kind) for _ in range(count)))
         return file
 
-    # ---- a teacher of two layers that skips steps, a student of one that never saw it done
-    build(root / "teacher", blank(root / "blank-teacher", 2, 96, seed=0),
-          lessons(root / "teacher-lessons.jsonl", 30000, skip=0.6),
-          "--objective", "sft", "--steps", "1500", "--batch-size", "64", "--grad-accum", "1",
-          "--lr", "5e-3")
-    build(seeded / "student", blank(seeded / "blank-student", 1, 48, args.seed + 1),
-          lessons(seeded / "student-lessons.jsonl", 8000, times=0.1), "--objective", "sft",
-          "--steps", "250", "--batch-size", "64", "--grad-accum", "1", "--lr", "5e-3")
+    # ---- a teacher of two layers that skips steps, a student of one layer that has seen none skipped
+    teacher = build(root / "teacher", blank(root / "blank-teacher", 2, 96, seed=0),
+                    lessons(root / "teacher-lessons.jsonl", 30000, skip=0.6), "sft", 1500)
+    student = build(home / "student", blank(home / "blank-student", 1, 48, seed=args.seed + 1),
+                    lessons(home / "student-lessons.jsonl", 8000, times=0.1), "sft", 250)
 
-    # ---- the teacher answers the training problems; its right answers are the traces
-    teacher, tokenizer = data.load(root / "teacher", device=args.device)
-    traces, rng = seeded / "traces.jsonl", random.Random(f"problems {args.seed}")
+    # ---- the teacher answers the training problems; train() takes its right answers
+    problems, traces = lessons(home / "problems.jsonl", 4000), home / "traces.jsonl"
     if not traces.exists():
-        problems = [{"id": i, **data.toy_trace(rng)} for i in range(4000)]
-        data.write_jsonl(traces, evaluate.answers(teacher, tokenizer, problems, temperature=1.0,
-                                                  max_new_tokens=12, batch_size=500, seed=args.seed))
+        data.write_jsonl(traces, evaluate.answers(
+            *data.load(teacher, device=args.device), data.load_problems(problems), temperature=1.0,
+            max_new_tokens=12, batch_size=500, seed=args.seed))
 
-    # ---- distil, with plain SFT to compare
-    runs = {"teacher": root / "teacher", "student before": seeded / "student"}
+    # ---- the student is distilled, by plain imitation and by the chosen objective
+    models = {"teacher": teacher, "student before": student}
     for name in dict.fromkeys(("sft", args.objective)):
-        tuned = f"-tau{args.tau:g}" * loss.split_name(name)[1] + f"-beta{args.beta:g}" * ("gkd" in name)
-        runs[name] = seeded / (name + tuned)
-        full = ["--teacher", str(root / "teacher")] if loss.split_name(name)[0] != "sft" else []
-        build(runs[name], seeded / "student", traces, "--objective", name, "--tau", str(args.tau),
-              "--beta", str(args.beta), "--seed", str(args.seed), "--steps", str(args.steps),
-              "--lr", str(args.lr), "--batch-size", str(args.batch_size),
-              "--grad-accum", str(args.grad_accum), *full)
+        more = ["--lr", args.lr, "--seed", args.seed, "--tau", args.tau, "--beta", args.beta,
+                "--batch-size", args.batch_size, "--grad-accum", args.grad_accum]
+        more += ["--teacher", teacher] if loss.split_name(name)[0] != "sft" else []
+        models[name] = build(home / f"{name}-tau{args.tau:g}-lr{args.lr:g}", student, traces, name,
+                             args.steps, *map(str, more))
 
-    # ---- held-out problems
-    rng, table = random.Random("held out"), []
-    problems = [{"id": i, **data.toy_trace(rng)} for i in range(1000)]
-    for name, folder in runs.items():
-        model, tokenizer = data.load(folder, device=args.device)
+    # ---- all four answer problems that none has seen
+    table, held_out = [], data.load_problems(lessons(root / "held-out.jsonl", 1000))
+    for name, folder in models.items():
         greedy, sampled = (evaluate.summarise(evaluate.answers(
-            model, tokenizer, problems, temperature=temperature, max_new_tokens=12,
-            batch_size=500, seed=1)) for temperature in (0.0, 1.0))
+            *data.load(folder, device=args.device), held_out, temperature=temperature,
+            max_new_tokens=12, batch_size=500)) for temperature in (0.0, 1.0))
         table.append({"model": name, "greedy": greedy["accuracy"], "sampled": sampled["accuracy"],
                       "length": sampled["mean_tokens"],
-                      "seconds": read_json(folder / "run.json")["seconds"]})
-    data.write_jsonl(seeded / "table.jsonl", table)
-    print(f"\n{len(problems)} held-out problems, seed {args.seed}; one standard error is at most "
-          f"0.016\n{'':20}greedy  sampled  mean length  training")
+                      "seconds": read_json(Path(folder, "run.json"))["seconds"]})
+    data.write_jsonl(home / "table.jsonl", table)
+    print(f"\naccuracy on {len(held_out)} held-out problems (standard error at most 0.016), seed "
+          f"{args.seed}\n{'':16}{'greedy':>8}{'sampled':>9}{'mean length':>13}{'training':>11}")
     for row in table:
-        print(f"{row['model']:20}{row['greedy']:6.3f}{row['sampled']:9.3f}{row['length']:13.1f}"
-              f"{row['seconds']:8.0f} s")
+        print(f"{row['model']:16}{row['greedy']:8.3f}{row['sampled']:9.3f}{row['length']:13.1f}"
+              f"{row['seconds']:9.1f} s")
     return table
 
 
