@@ -5,11 +5,11 @@ A trace is one line of a JSONL file, written by `evaluate.py accuracy` or by any
 >>> trace = {"id": "17", "prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0", "answer": "0",
 ...          "teacher_logprobs": [-0.9163, -0.0001, 0.0, 0.0, 0.0], "correct": True}
 
-`prompt` is what the user says, or `messages` a list of {"role", "content"} (a last assistant turn is
-then the response); `response` is what the teacher wrote. The rest is optional. `teacher_logprobs`
-has the teacher's log-probability of each response token and of the end-of-turn token behind them:
-natural log, temperature 1. `tokens` has the response's ids, should they not be those its text is
-split into. A record whose `correct` or `finished` is false is left out of training, and counted.
+`prompt` is what the user says, or `messages` a list of {"role", "content"} in which a last assistant
+turn is the response. `response` is what the teacher wrote. All else is optional. `teacher_logprobs`
+are the teacher's log-probabilities of the response's tokens and of the end-of-turn token behind
+them (natural log, temperature 1), `tokens` their ids where the text is not split into just these. A
+record with a false `correct` or `finished` is left out of training, and counted.
 """
 
 import argparse
@@ -32,10 +32,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
-from model import BadInput, Transformer, fetch, read_json
-
-# ------------------------------------------------------------------ tokenizer and chat template
-
+from model import BadInput, Config, Transformer, check, fetch, read_json
 
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
@@ -43,8 +40,8 @@ def raise_exception(message: str) -> None:
 
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                           extensions=[loopcontrols])
-TEMPLATES.globals["raise_exception"] = raise_exception
-TEMPLATES.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+TEMPLATES.globals |= {"raise_exception": raise_exception,
+                      "strftime_now": lambda form: datetime.now().strftime(form)}
 TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
 
 
@@ -53,23 +50,19 @@ class Tokenizer:
 
     def __init__(self, path_or_repo: str | Path):
         self.folder = fetch(path_or_repo)
-        file = self.folder / "tokenizer.json"
-        if not file.exists():
-            raise BadInput(f"{file}: no such file; copy the tokenizer.json of the model there")
+        file, config = self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"
+        check(file.exists(), f"{file}: no such file; copy the tokenizer.json of the model there")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises no narrower class
+        except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower class
             raise BadInput(f"{file}: not a readable tokenizer: {error}") from error
         self.backend.no_padding()  # some files have padding or truncation baked in
         self.backend.no_truncation()
         self.vocab = self.backend.get_vocab()
         self.vocab_size = max(self.vocab.values()) + 1  # a model's head may have more rows
-
-        file, config = self.folder / "tokenizer_config.json", {}
-        if file.exists():
-            config = read_json(file)
+        config = read_json(config) if config.exists() else {}
         if config.get("legacy") is False and "\u2581" in self.vocab:  # Llama 2: a word mark only in
-            self.backend.normalizer = None  # front of all text, not behind each special token
+            self.backend.normalizer = None  # front of a text, not behind each special token
             self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
                 prepend_scheme="first", split=False)
         special = {key: value["content"] if isinstance(value, dict) else value
@@ -78,8 +71,7 @@ class Tokenizer:
         source, file = config.get("chat_template"), self.folder / "chat_template.jinja"
         if isinstance(source, list):  # several templates, each with a name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if file.exists():
-            source = file.read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8") if file.exists() else source
         try:
             self.template = TEMPLATES.from_string(source) if source else None
         except jinja2.TemplateError as error:
@@ -120,8 +112,7 @@ class Tokenizer:
         only text for a model without a template gets it from the tokenizer."""
         if self.template is not None:
             return self.encode(self.render(messages))
-        if len(messages) > 1:
-            raise BadInput(f"{self.folder}: no chat template for a conversation; use `prompt`")
+        check(len(messages) == 1, f"{self.folder}: has no chat template for several turns")
         return self.backend.encode(messages[0]["content"]).ids
 
 
@@ -131,44 +122,35 @@ def load(path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
     a base model's config does not name (Qwen2.5: <|endoftext|>, but <|im_end|> in the template)."""
     tokenizer = Tokenizer(path_or_repo)
     model = Transformer.from_pretrained(tokenizer.folder, dtype, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(f"{path_or_repo}: vocabulary mismatch: tokenizer.json has ids up to "
-                       f"{tokenizer.vocab_size - 1}, the model {model.config.vocab_size} rows; is "
-                       "it another model's tokenizer?")
+    check(tokenizer.vocab_size <= model.config.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
+          f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, the model only "
+          f"{model.config.vocab_size} rows; is it another model's tokenizer?")
     model.generation["eos_token_id"] = sorted({*model.eos_token_ids, tokenizer.end})
     return model, tokenizer
 
 
-# --------------------------------------------------------------------------------------- records
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("FILE line K", record) for each line; blank lines are passed over."""
+    """("FILE line K", record) for each line that is not blank."""
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                where = f"{path} line {number}"
                 if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:  # broken JSON, broken UTF-8
-                        raise BadInput(f"{where}: not valid JSON: {error}") from None
-                    if not isinstance(record, dict):
-                        raise BadInput(f"{where}: expected an object {{...}}, found {line[:40]!r}")
-                    yield where, record
+                    record = json.loads(line)
+                    check(isinstance(record, dict), f"{path} line {number}: not a JSON object")
+                    yield f"{path} line {number}", record
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} line {number}: not valid JSON: {error}") from None
 
 
 def text_field(record: dict, names: Iterable[str], where: str) -> str:
-    """The first of the fields that is there; it must be a string with something in it."""
-    for name in names:
-        if name in record:
-            if not isinstance(record[name], str) or not record[name].strip():
-                raise BadInput(f"{where}: {name} = {str(record[name])[:40]!r}: expected a "
-                               "string that is not empty")
-            return record[name]
-    raise BadInput(f"{where}: no field {' or '.join(names)}; it has {', '.join(record) or 'none'}")
+    """The first of these fields that is there; it must be a string with something in it."""
+    name = next((name for name in names if name in record), None)
+    check(name, f"{where}: no field {' or '.join(names)}; it has {', '.join(record) or 'none'}")
+    check(isinstance(record[name], str) and record[name].strip(),
+          f"{where}: {name} = {str(record[name])[:40]!r}: expected a string that is not empty")
+    return record[name]
 
 
 def conversation(record: dict, where: str) -> tuple[list[dict], str]:
@@ -176,9 +158,9 @@ def conversation(record: dict, where: str) -> tuple[list[dict], str]:
     turns = record.get("messages")
     if turns is None:
         turns = [{"role": "user", "content": text_field(record, ["prompt"], where)}]
-    if not isinstance(turns, list) or not turns or not all(
-            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-        raise BadInput(f"{where}: messages: expected a list of {{role, content}}")
+    check(isinstance(turns, list) and turns and all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns),
+        f"{where}: messages: expected a list of {{role, content}}")
     if "response" not in record and turns[-1]["role"] == "assistant":
         turns, record = turns[:-1], {"response": turns[-1]["content"]}
     return turns, text_field(record, ["response"], where)
@@ -194,27 +176,21 @@ class Example(NamedTuple):
 
 
 def encode(record: dict, tokenizer: Tokenizer, where: str, teacher: bool = False) -> Example:
-    """Prompt and response are split apart and then joined: at the seam, ids of the joined text may
-    differ, and the student will start from the prompt's own ids. `teacher` asks for log p(y)."""
+    """Prompt and response are split into tokens apart, then joined: split as one text, the ids at
+    the seam may differ, and a student starts from the prompt's. `teacher` asks for log p(y)."""
     turns, response = conversation(record, where)
-    prompt = tokenizer.prompt(turns)
+    prompt, p_logp = tokenizer.prompt(turns), record.get("teacher_logprobs") if teacher else None
     ids = record.get("tokens") or [*tokenizer.encode(response), tokenizer.end]
-    if not all(isinstance(token, int) and 0 <= token < tokenizer.vocab_size for token in ids):
-        raise BadInput(f"{where}: tokens: not ids of the tokenizer in {tokenizer.folder}")
-    p_logp = None
+    check(all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids),
+          f"{where}: tokens: not ids of the tokenizer in {tokenizer.folder}")
     if teacher:
-        p_logp = record.get("teacher_logprobs")
-        if p_logp is None:
-            raise BadInput(f"{where}: no teacher_logprobs; this objective needs log p(y): add them "
-                           "with `python data.py score`, or give --teacher")
-        if not isinstance(p_logp, list) or len(p_logp) != len(ids):
-            count = len(p_logp) if isinstance(p_logp, list) else "no"
-            raise BadInput(f"{where}: teacher_logprobs: {count} numbers for the {len(ids)} tokens of "
-                           "the response, end of turn included; has the teacher another tokenizer? "
-                           "The objective sft needs none of them")
-        for value in p_logp:
-            if not isinstance(value, int | float) or not -math.inf < value <= 1e-3:
-                raise BadInput(f"{where}: teacher_logprobs: {value} is not a log-probability")
+        check(isinstance(p_logp, list), f"{where}: no list of teacher_logprobs, but this objective "
+              "needs log p(y): add them with `python data.py score`, or give --teacher")
+        check(len(p_logp) == len(ids), f"{where}: teacher_logprobs: {len(p_logp)} numbers for the "
+              f"{len(ids)} tokens of the response, end of turn included; has the teacher another "
+              "tokenizer? The objective sft needs none of them")
+        bad = [x for x in p_logp if not isinstance(x, int | float) or not -math.inf < x <= 1e-3]
+        check(not bad, f"{where}: teacher_logprobs: {bad[:1]} is not a log-probability")
         p_logp = np.array(p_logp, dtype=np.float32)
     name = str(record.get("id", where.rpartition(" ")[2]))
     return Example(name, np.array(prompt + ids, dtype=np.int32), len(prompt), p_logp)
@@ -222,7 +198,7 @@ def encode(record: dict, tokenizer: Tokenizer, where: str, teacher: bool = False
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher: bool = False,
                 ) -> tuple[list[Example], Counter]:
-    """(the usable traces, how many were left out for which reason). A broken record raises; a wrong,
+    """(usable traces, how many were left out for which reason). A broken record raises; a wrong,
     unfinished or over-long one is counted, and never cut: half a trace teaches not to stop."""
     examples, dropped = [], Counter()
     for where, record in tqdm(read_jsonl(path), desc="reading traces", unit="", disable=None):
@@ -234,13 +210,9 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher
             dropped[f"longer than {max_length} tokens"] += 1
         else:
             examples.append(example)
-    if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise BadInput(f"{path}: no usable trace ({reasons or 'the file is empty'})")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    check(examples, f"{path}: no usable trace ({reasons or 'the file is empty'})")
     return examples, dropped
-
-
-# --------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
@@ -291,15 +263,10 @@ def step_batches(examples: list[Example], step: int, batch_size: int, grad_accum
 
 
 def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
-    """The tokens of one trace with the supervised ones in green, or in [brackets]."""
+    """The text of one trace, its supervised tokens in green, or in [brackets]."""
     left, right = ("\033[32m", "\033[0m") if color else ("[", "]")
-    texts = [tokenizer.backend.decode([int(token)], skip_special_tokens=False)
-             for token in example.tokens]
-    return "".join(f"{left}{text}{right}" if i >= example.prompt else text
-                   for i, text in enumerate(texts))
-
-
-# --------------------------------------------------------------------------------------- scoring
+    text = [tokenizer.backend.decode([i], skip_special_tokens=False) for i in example.tokens]
+    return "".join(text[:example.prompt] + [left + t + right for t in text[example.prompt:]])
 
 
 @torch.no_grad()
@@ -312,7 +279,7 @@ def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int 
 
 
 def score(args: argparse.Namespace) -> None:
-    """Adds a local teacher's log-probabilities to traces: JSONL in, JSONL out, in the same order."""
+    """Adds a local teacher's log-probabilities to traces; JSONL in, JSONL out, the same order."""
     teacher, tokenizer = load(args.teacher, getattr(torch, args.dtype), args.device)
     records = list(read_jsonl(args.traces))
     examples = [encode(record, tokenizer, where) for where, record in records]
@@ -340,9 +307,6 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
     temporary.replace(path)
-
-
-# -------------------------------------------------------------------------------------- problems
 
 
 def load_problems(path: str | Path) -> list[dict]:
@@ -399,8 +363,8 @@ def save_toy_tokenizer(folder: Path) -> int:
     words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10)),
              *(letter + operation for letter in LETTERS for operation in OPERATIONS),
              *(f"{letter}={value}" for letter in LETTERS for value in range(10))]
-    vocab = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(words[:4])
     folder.mkdir(parents=True, exist_ok=True)
@@ -411,7 +375,26 @@ def save_toy_tokenizer(folder: Path) -> int:
     return len(words)
 
 
-# ------------------------------------------------------------------------------------------- main
+def build_toy(root: Path, seed: int) -> None:
+    """Untrained models, lessons by the rule, problems to train on and to hold out; what is there is
+    left as it is. The seed varies the student, its lessons and the problems, not the teacher."""
+    home = root / f"seed{seed}"
+    for folder, layers, width in ((root / "blank-teacher", 2, 96), (home / "blank-student", 1, 48)):
+        if not (folder / "config.json").exists():
+            torch.manual_seed(seed + 1 if folder.parent == home else 0)
+            Transformer(Config({
+                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
+                "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+                "rope_theta": 10000.0, "tie_word_embeddings": False})).save_pretrained(folder)
+    for file, count, kind in ((root / "lessons.jsonl", 30000, {"skip": 0.6}),
+                              (root / "held-out.jsonl", 1000, {}),
+                              (home / "lessons.jsonl", 8000, {"times": 0.1}),
+                              (home / "problems.jsonl", 4000, {})):
+        if not file.exists():
+            rng = random.Random(str(file.relative_to(root)))
+            write_jsonl(file, ({"id": i, **toy_trace(rng, **kind)} for i in range(count)))
 
 
 def main(argv: list[str] | None = None) -> None:

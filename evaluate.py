@@ -14,10 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data import Tokenizer, load, load_problems, write_jsonl
-from model import BadInput, Transformer
-
-# --------------------------------------------------------------------------------------- grading
-
+from model import BadInput, Transformer, read_json
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last whole \boxed{...}, braces matched, in one pass.
@@ -79,9 +76,6 @@ def is_correct(prediction: str, gold: str) -> bool:
     return prediction == gold != ""
 
 
-# -------------------------------------------------------------------------------------- accuracy
-
-
 def answers(model: Transformer, tokenizer: Tokenizer, problems: list[dict], samples: int = 1,
             temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
             batch_size: int = 64, seed: int = 0) -> list[dict]:
@@ -141,7 +135,25 @@ def accuracy(args: argparse.Namespace) -> None:
           f"{args.max_new_tokens})")
 
 
-# ------------------------------------------------------------------------------------------ main
+def table(models: dict[str, Path], problems: Path, device: str = "cpu") -> list[dict]:
+    """Prints models side by side: accuracy greedy and sampled at temperature 1 with its standard
+    error, the answers' mean length, and the seconds that the training took."""
+    rows, held_out = [], load_problems(problems)
+    for name, folder in models.items():
+        model, tokenizer = load(folder, device=device)
+        greedy, sampled = (summarise(answers(model, tokenizer, held_out, temperature=temperature,
+                                             max_new_tokens=64, batch_size=500))
+                           for temperature in (0.0, 1.0))
+        rows.append({"name": name, "greedy": greedy, "sampled": sampled,
+                     "seconds": read_json(folder / "run.json")["seconds"]})
+    print(f"\n{len(held_out)} problems of {problems}, accuracy +- standard error\n"
+          f"{'':16}{'greedy':>16}{'sampled, T=1':>16}{'mean length':>13}{'training':>10}")
+    for row in rows:
+        marks = [f"{row[key]['accuracy']:.3f} +- {row[key]['standard_error']:.3f}"
+                 for key in ("greedy", "sampled")]
+        print(f"{row['name']:16}{marks[0]:>16}{marks[1]:>16}{row['sampled']['mean_tokens']:13.1f}"
+              f"{row['seconds']:8.0f} s")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:

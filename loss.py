@@ -17,7 +17,7 @@ The DisCorD weight is the importance ratio q/p of "the student would have writte
 "the teacher wrote it", made bounded and local: the product of the ratios over a response is exact
 and useless, it explodes or vanishes with length. At tau = 1, w = 2q / (p + q). It needs one number
 of the teacher, log p(y), stored with the trace; kl, rkl, todi and gkd need the whole of p.
-The factor 2, the division by the number of tokens (not by the sum of w) and the default tau are ours.
+The factor 2, dividing by the number of tokens (not by the sum of w) and the default tau are ours.
 """
 
 import math
@@ -98,7 +98,7 @@ NAMES = [*OBJECTIVES, "discord", *(f"discord-{name}" for name in OBJECTIVES if n
 
 
 def split_name(objective: str) -> tuple[str, bool]:
-    """"discord-kl" -> ("kl", True): the token loss, and whether the DisCorD weight multiplies it."""
+    """"discord-kl" -> ("kl", True): the token loss, and whether the weight multiplies it."""
     return objective.removeprefix("discord").removeprefix("-") or "sft", "discord" in objective
 
 

@@ -7,7 +7,6 @@ V vocabulary, N supervised tokens. Papers: Llama 3 2407.21783, Qwen2.5 2412.1511
 """
 
 import json
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +24,11 @@ HUB_FILES = (*TOKENIZER_FILES, "*config.json", "model*.safetensors", "model.safe
 
 class BadInput(ValueError):
     """Something the user gave is wrong; the message names it and says what to do."""
+
+
+def check(fine: object, message: str) -> None:
+    if not fine:
+        raise BadInput(message)
 
 
 def fetch(path_or_repo: str | Path) -> Path:
@@ -47,9 +51,8 @@ ONLY = {  # keys of config.json that change the computation, with the values imp
     "model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"),
     "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
-    "attention_dropout": (0,), "use_sliding_window": (False,), "rope_interleaved": (False,),
-    "use_mrope": (False,), "mrope_section": (), "partial_rotary_factor": (1,),
-    "quantization_config": (), "auto_map": ()}
+    "attention_dropout": (0,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,), "mrope_section": (), "quantization_config": (), "auto_map": ()}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -60,42 +63,28 @@ class Config:
 
     def __init__(self, raw: dict, source: str | Path = "config.json"):
         rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        given = {**raw, "rope_type": rope.get("type"), **rope, "raw": raw}  # "type": an old name
+        given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
+        heads, kind = raw.get("num_attention_heads"), raw.get("model_type")
         values = {"model_type": None, "rope_type": "default", "rope_theta": 10000.0,
-                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+                  "num_key_value_heads": heads if kind == "llama" else None}
         values |= {key: value for key, value in given.items() if value is not None}
-
-        heads, kind = values.get("num_attention_heads"), values["model_type"]
-        values.setdefault("num_key_value_heads", heads if kind == "llama" else None)
         llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
 
-        def check(fine: bool, key: str, why: str) -> None:
-            if not fine:
-                raise BadInput(f"{source}: {key} = {values.get(key)!s:.60}: {why}")
+        def accept(fine: bool, key: str, why: str) -> None:
+            check(fine, f"{source}: {key} = {values.get(key)!s:.60}: {why}")
 
         for key, known in ONLY.items():
             found = values.get(key, [])
-            check(all(item in known for item in (found if isinstance(found, list) else [found])),
-                  key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
+            accept(all(item in known for item in (found if isinstance(found, list) else [found])),
+                   key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
         for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
             kinds = int if key in SIZES else (int, float)
-            check(isinstance(values.get(key), kinds) and values[key] > 0, key, "not positive")
+            accept(isinstance(values.get(key), kinds) and values[key] > 0, key, "not positive")
         values.setdefault("head_dim", 128 if kind == "qwen3" else values["hidden_size"] // heads)
-        check(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "must divide heads")
-        check(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs it even")
-        self.__dict__.update(values, llama3=[values[key] for key in llama3])
-
-
-class Linear(nn.Linear):
-    """Computes in the dtype of its input: fp32 master weights serve bf16 activations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *(p.to(x.dtype) for p in self.parameters()))
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # the fused kernel keeps its statistics in fp32
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        accept(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "uneven groups")
+        accept(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs an even number")
+        self.__dict__.update(values, raw=raw, llama3=[values[key] for key in llama3])
 
 
 def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +93,7 @@ def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2]
     if config.llama3:  # slow waves are stretched by `factor`, fast ones kept, others blended
         factor, low, high, length = config.llama3
-        turns = length * freq / (2 * math.pi)  # of each wave within the original context
+        turns = length * freq / (2 * torch.pi)  # of each wave within the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         freq = kept * freq + (1 - kept) * freq / factor
     angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)
@@ -128,8 +117,7 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Puts k, v [B, K, T, Dh] behind the filled columns; returns all [2, B, K, :, Dh]."""
         end = self.length + k.shape[2]
-        self.data[0, layer, :, :, self.length:end] = k
-        self.data[1, layer, :, :, self.length:end] = v
+        self.data[:, layer, :, :, self.length:end] = torch.stack((k, v))
         return self.data[:, layer, :, :, :end]
 
 
@@ -138,11 +126,11 @@ class Attention(nn.Module):
         super().__init__()
         D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
         H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        self.q_proj = Linear(D, H * Dh, bias=bias or qwen2)
-        self.k_proj = Linear(D, K * Dh, bias=bias or qwen2)
-        self.v_proj = Linear(D, K * Dh, bias=bias or qwen2)
-        self.o_proj = Linear(H * Dh, D, bias=bias and not qwen2)
-        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_proj = nn.Linear(D, H * Dh, bias=bias or qwen2)
+        self.k_proj = nn.Linear(D, K * Dh, bias=bias or qwen2)
+        self.v_proj = nn.Linear(D, K * Dh, bias=bias or qwen2)
+        self.o_proj = nn.Linear(H * Dh, D, bias=bias and not qwen2)
+        norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
         self.layer, self.head_dim = layer, Dh
 
@@ -160,8 +148,8 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = Linear(D, inner, bias=False), Linear(D, inner, bias=False)
-        self.down_proj = Linear(inner, D, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -170,9 +158,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -187,10 +175,9 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
         self.generation = {"eos_token_id": config.raw.get("eos_token_id")}  # generation_config.json
 
@@ -204,7 +191,6 @@ class Transformer(nn.Module):
         """tokens [B, T] -> hidden [B, T, D], causal. Batches are padded on the right; or on the
         left, then pad [B] says how far. A cache goes before the tokens and is extended by them."""
         x = self.model.embed_tokens(tokens)
-        x = x.to(self.compute_dtype or x.dtype)
         start = 0 if cache is None else cache.length
         column, mask = torch.arange(start + tokens.shape[1], device=x.device), None
         query = column[start:]
@@ -223,8 +209,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., V], for only those rows that are supervised or sampled."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight.to(hidden.dtype))
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, (self.model.embed_tokens if tied else self.lm_head).weight)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                  seed: int | list | None = None, **more) -> list[list[int]]:
@@ -233,29 +219,27 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-               seed: int | list | None = None, top_p: float = 1.0,
-               vocab_size: int | None = None) -> list[tuple[list[int], list[float]]]:
-        """(new tokens, their raw log-probabilities: temperature 1, fp32) of each prompt.
-
-        temperature 0 is greedy. Each row draws from its own generator, seeded with (seed, row) or
-        seed[row], so its answer does not depend on its neighbours. `vocab_size` leaves out rows of
-        the head that the tokenizer does not know."""
-        if not prompts or not all(prompts) or temperature < 0 or not 0 < top_p <= 1:
-            raise BadInput("generate: give prompts, none empty, temperature >= 0, 0 < top_p <= 1")
-        like = self.model.embed_tokens.weight.to(self.compute_dtype, copy=False)[0]
-        B, longest, new = len(prompts), max(map(len, prompts)), {"device": like.device}
-        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, **new)
-        seeds = [None if seed is None else (seed, row) for row in range(B)]
-        draws = [np.random.default_rng(s).random(max_new_tokens)
-                 for s in (seed if isinstance(seed, list) else seeds)]
-        draws = torch.tensor(np.stack(draws), **new)  # [B, max_new_tokens] in [0, 1)
+               seed: int | list | None = None, top_p: float = 1.0, vocab_size: int | None = None,
+               ) -> list[tuple[list[int], list[float]]]:
+        """(new tokens, their raw log-probabilities: temperature 1, fp32) for each prompt. 0 is greedy.
+        A row draws from a generator of its own, seeded with (seed, row) or seed[row]:
+        its answer does not depend on its neighbours. `vocab_size` cuts unused rows off the head."""
+        check(prompts and all(prompts) and temperature >= 0 and 0 < top_p <= 1,
+              "generate: give prompts, none of them empty, temperature >= 0 and 0 < top_p <= 1")
+        weight = self.model.embed_tokens.weight
+        B, longest, device = len(prompts), max(map(len, prompts)), weight.device
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
+        if not isinstance(seed, list):
+            seed = [None if seed is None else (seed, row) for row in range(B)]
+        draws = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in seed])
+        draws = torch.tensor(draws, device=device)  # [B, max_new_tokens] in [0, 1)
         # Padded on the left, all rows have their newest token in one column, the last.
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], **new)
-        pad = torch.tensor([longest - len(p) for p in prompts], **new)
-        cache = KVCache(self.config, B, longest + max_new_tokens, like)
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        cache = KVCache(self.config, B, longest + max_new_tokens, weight)
         out, logp = draws.long(), draws.float()
         length, done = torch.zeros_like(pad), torch.zeros_like(pad, dtype=torch.bool)
-        rows = torch.arange(B, **new)  # the prompts that are still being answered
+        rows = torch.arange(B, device=device)  # the prompts that are still being answered
         for step in range(max_new_tokens):
             logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
             token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
@@ -263,7 +247,7 @@ class Transformer(nn.Module):
             logp[rows, step] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
             length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
-            if like.device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
+            if device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
                 alive = ~done[rows]
                 if not alive.any():
                     break
@@ -283,24 +267,20 @@ class Transformer(nn.Module):
             network = cls(Config(read_json(folder / "config.json"), folder / "config.json"))
         index = folder / "model.safetensors.index.json"
         files = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
-        for file in sorted(set(files)):
-            try:  # mapped into memory, read where it is used; inv_freq is a constant of old files
+        try:
+            for file in sorted(set(files)):  # mapped into memory, read where it is used
                 state |= {name: tensor.to(device, dtype)
                           for name, tensor in load_file(folder / Path(file).name).items()
-                          if not name.endswith("rotary_emb.inv_freq")}
-            except (SafetensorError, OSError) as error:
-                raise BadInput(f"{folder / file}: missing, corrupt or truncated: {error}") from error
-        head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-        if network.config.tie_word_embeddings and head is not None and head.equal(embedding):
-            del state["lm_head.weight"]  # saved although it is tied
-        try:
+                          if not name.endswith("rotary_emb.inv_freq")}  # a constant in old files
+            head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+            if network.config.tie_word_embeddings and head is not None and head.equal(embedding):
+                del state["lm_head.weight"]  # tied, and saved all the same
             network.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            why = " ".join(str(error).split())[:400]
-            raise BadInput(f"{folder}: weights do not fit config.json: {why}") from error
-        network.folder = folder
-        if (folder / "generation_config.json").exists():
-            network.generation |= read_json(folder / "generation_config.json")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BadInput(f"{folder / file}: missing, corrupt, truncated, or not what config.json "
+                           f"says: {' '.join(str(error).split()):.300}") from error
+        network.folder, generation = folder, folder / "generation_config.json"
+        network.generation |= read_json(generation) if generation.exists() else {}
         return network
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:

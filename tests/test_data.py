@@ -189,7 +189,7 @@ def test_left_out_traces_are_counted(toy_model, tmp_path):
 
 
 @pytest.mark.parametrize("line, named", [
-    ('{"prompt": "x"', "line 2: not valid JSON"), ("[1]", "line 2: expected an object"),
+    ('{"prompt": "x"', "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object"),
     (b'{"prompt": "\xff"}', "line 2: not valid JSON"),
     ({"response": "a=0"}, "line 2: no field prompt; it has response"),
     ({"prompt": "x"}, "line 2: no field response; it has prompt"),
@@ -198,12 +198,12 @@ def test_left_out_traces_are_counted(toy_model, tmp_path):
     ({**GOOD, "prompt": " "}, "line 2: prompt = ' '"),
     ({**GOOD, "messages": "hi"}, "line 2: messages"), ({**GOOD, "messages": [{}]}, "line 2: messages"),
     ({**GOOD, "tokens": [1, 9999]}, "line 2: tokens"), ({**GOOD, "tokens": ["a"]}, "line 2: tokens"),
-    ({**GOOD, "teacher_logprobs": None}, "line 2: no teacher_logprobs.*data.py score"),
+    ({**GOOD, "teacher_logprobs": None}, "line 2: no list of teacher_logprobs.*data.py score"),
     ({**GOOD, "teacher_logprobs": [-1.0] * 4}, "line 2: teacher_logprobs: 4 numbers for the 5 tokens"),
-    ({**GOOD, "teacher_logprobs": 3}, "line 2: teacher_logprobs"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]}, "line 2: teacher_logprobs: nan"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]}, "line 2: teacher_logprobs: 0.5"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]}, "line 2: teacher_logprobs: x")])
+    ({**GOOD, "teacher_logprobs": 3}, "line 2: no list of teacher_logprobs"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]}, "line 2: teacher_logprobs: .nan. is not a log-prob"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]}, "line 2: teacher_logprobs: .0.5. is not"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]}, "line 2: teacher_logprobs: .'x'. is not")])
 def test_broken_traces_are_named(toy_model, tmp_path, line, named):
     """Guards every refusal: file, line, field, and what to do."""
     file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": [-1.0] * 5})

@@ -212,7 +212,7 @@ def test_broken_files_are_named(tmp_path):
     whole = file.read_bytes()
     for broken in (whole[:-100], whole[:5], b"", b"\xff" * 200):
         file.write_bytes(broken)
-        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt or truncated"):
+        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt, truncated"):
             Transformer.from_pretrained(tmp_path)
     file.unlink()
     with pytest.raises(BadInput, match=r"model\.safetensors: missing"):
