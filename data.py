@@ -5,8 +5,8 @@ A trace is one line of a JSONL file, written by `evaluate.py accuracy` or by any
 >>> trace = {"id": "17", "prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0", "answer": "0",
 ...          "teacher_logprobs": [-0.9163, -0.0001, 0.0, 0.0, 0.0], "correct": True}
 
-`prompt` is what the user says, or `messages` a list of {"role", "content"} in which a last assistant
-turn is the response. `response` is what the teacher wrote. All else is optional. `teacher_logprobs`
+`prompt` is what the user says, or `messages` a list of {"role", "content"}, whose last turn may be
+the response. `response` is what the teacher wrote. All else is optional. `teacher_logprobs`
 are the teacher's log-probabilities of the response's tokens and of the end-of-turn token behind
 them (natural log, temperature 1), `tokens` their ids where the text is not split into just these. A
 record with a false `correct` or `finished` is left out of training, and counted.
@@ -125,7 +125,7 @@ def load(path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
     check(tokenizer.vocab_size <= model.config.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
           f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, the model only "
           f"{model.config.vocab_size} rows; is it another model's tokenizer?")
-    model.generation["eos_token_id"] = sorted({*model.eos_token_ids, tokenizer.end})
+    model.eos_token_ids = sorted({*model.eos_token_ids, tokenizer.end})
     return model, tokenizer
 
 

@@ -7,6 +7,9 @@ the right answers of a teacher's evaluation *are* the traces that train.py reads
 import argparse
 import math
 import re
+import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -119,6 +122,21 @@ def summarise(records: list[dict]) -> dict:
             "truncated": sum(not r["finished"] for r in records) / len(records)}
 
 
+def commit() -> str:
+    """Which code this is, for reports."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
+    return (git and git.stdout.strip()) or "unknown"
+
+
+def peak_memory_gb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
+
+
 def accuracy(args: argparse.Namespace) -> None:
     """Answers a benchmark, grades the answers, prints accuracy with its standard error."""
     problems = load_problems(args.benchmark)[:args.limit]
@@ -132,7 +150,7 @@ def accuracy(args: argparse.Namespace) -> None:
     print(f"{args.model} on {Path(args.benchmark).name}: accuracy {got['accuracy']:.3f} +- "
           f"{got['standard_error']:.3f} (n={got['problems']} x {got['samples']}, {decoding}, "
           f"{got['mean_tokens']:.1f} tokens, {got['truncated']:.1%} cut off at "
-          f"{args.max_new_tokens})")
+          f"{args.max_new_tokens}; {peak_memory_gb(args.device):.2f} GB, commit {commit()})")
 
 
 def table(models: dict[str, Path], problems: Path, device: str = "cpu") -> list[dict]:

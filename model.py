@@ -179,12 +179,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
-        self.generation = {"eos_token_id": config.raw.get("eos_token_id")}  # generation_config.json
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        eos = self.generation.get("eos_token_id")
-        return eos if isinstance(eos, list) else [eos] if eos is not None else []
+        self.generation, self.eos_token_ids = {}, []  # generation_config.json, and the ids in it
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 pad: Tensor | None = None) -> Tensor:
@@ -221,8 +216,8 @@ class Transformer(nn.Module):
     def sample(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                seed: int | list | None = None, top_p: float = 1.0, vocab_size: int | None = None,
                ) -> list[tuple[list[int], list[float]]]:
-        """(new tokens, their raw log-probabilities: temperature 1, fp32) for each prompt. 0 is greedy.
-        A row draws from a generator of its own, seeded with (seed, row) or seed[row]:
+        """(new tokens, their raw log-probabilities at temperature 1 in fp32) for each prompt. 0 is
+        greedy. A row draws from a generator of its own, seeded with (seed, row) or seed[row]:
         its answer does not depend on its neighbours. `vocab_size` cuts unused rows off the head."""
         check(prompts and all(prompts) and temperature >= 0 and 0 < top_p <= 1,
               "generate: give prompts, none of them empty, temperature >= 0 and 0 < top_p <= 1")
@@ -279,8 +274,10 @@ class Transformer(nn.Module):
         except (SafetensorError, OSError, RuntimeError) as error:
             raise BadInput(f"{folder / file}: missing, corrupt, truncated, or not what config.json "
                            f"says: {' '.join(str(error).split()):.300}") from error
-        network.folder, generation = folder, folder / "generation_config.json"
-        network.generation |= read_json(generation) if generation.exists() else {}
+        network.folder, file = folder, folder / "generation_config.json"
+        network.generation = read_json(file) if file.exists() else {}
+        eos = (network.config.raw | network.generation).get("eos_token_id")
+        network.eos_token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return network
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
@@ -293,7 +290,8 @@ class Transformer(nn.Module):
             save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
             for file in filter(Path.exists, map(self.folder.joinpath, TOKENIZER_FILES)):
                 Path(new, file.name).write_bytes(file.read_bytes())
-            Path(new, "generation_config.json").write_text(json.dumps(self.generation, indent=2))
+            generation = {**self.generation, "eos_token_id": self.eos_token_ids}
+            Path(new, "generation_config.json").write_text(json.dumps(generation, indent=2))
             Path(new, "config.json").write_text(json.dumps(config, indent=2))
             Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)
             for file in sorted(Path(new).iterdir(), key=lambda file: file.name == "config.json"):

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -160,20 +159,6 @@ def last_checkpoint(out: Path) -> Path | None:
     return folder
 
 
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
-    return (git and git.stdout.strip()) or "unknown"
-
-
-def peak_memory_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
-
-
 def train(args: argparse.Namespace) -> dict:
     """One run, read from top to bottom. Returns its run.json."""
     # ---- what the objective needs
@@ -196,7 +181,7 @@ def train(args: argparse.Namespace) -> dict:
     args.steps = args.steps or math.ceil(
         args.epochs * len(examples) / (args.batch_size * args.grad_accum))
     run = open_run(args, {
-        "commit": commit(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "commit": evaluate.commit(), "torch": torch.__version__, "python": sys.version.split()[0],
         "traces": len(examples), "dropped": dropped,
         "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")})
     if "seconds" in run:
@@ -220,8 +205,8 @@ def train(args: argparse.Namespace) -> dict:
     tokens = sum(len(example.tokens) - example.prompt for example in examples)
     left_out = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     print(f"\n{out}: {args.objective}, steps {first} to {args.steps}, commit {run['commit']}\n"
-          f"  student  {args.student}, {sum(p.numel() for p in student.parameters()):,} parameters\n"
-          f"  traces   {args.traces}: {len(examples):,} with {tokens:,} supervised tokens; left out: "
+          f"  student  {args.student}: {sum(p.numel() for p in student.parameters()):,} weights\n"
+          f"  traces   {args.traces}: {len(examples):,}, {tokens:,} supervised tokens; left out: "
           f"{left_out}\n  options  "
           f"{' '.join(f'{k}={v}' for k, v in run['options'].items() if v is not None)}\n"
           f"  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
@@ -231,8 +216,7 @@ def train(args: argparse.Namespace) -> dict:
     pending: list[tuple[Tensor, list[str]]] = []  # of the steps since the last log line
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         batches = data.step_batches(examples, step, args.batch_size, args.grad_accum, args.seed)
         tokens = sum(len(batch.y) for batch in batches)
         sums = sum(backward(student, batch.to(args.device), args, tokens, tokenizer.vocab_size,
@@ -250,13 +234,13 @@ def train(args: argparse.Namespace) -> dict:
         rows = torch.stack([row for row, _ in pending]).tolist()  # the interval's only wait
         for step, row, (_, ids) in zip(range(done - len(rows), done), rows, pending, strict=True):
             check(all(map(math.isfinite, row)), f"{out}: loss or gradient is not finite at step "
-                  f"{step + 1}, traces {', '.join(ids)}; lower --lr, look at them. Checkpoints are good")
+                  f"{step + 1}, traces {', '.join(ids)}: lower --lr? The last checkpoint is good")
         total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
         now = time.perf_counter()
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
                 "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": tokens / (now - last),
-                "gb": peak_memory_gb(args.device)}
+                "gb": evaluate.peak_memory_gb(args.device)}
         pending, last = [], now
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -274,36 +258,35 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def toy(args: argparse.Namespace) -> None:
-    """Builds the toy world in --out with the commands that serve real models; parts that are there
-    already are used again."""
+    """Builds the toy world in --out with the commands of real models; what is there is used again."""
     root, home = Path(args.out), Path(args.out, f"seed{args.seed}")
     data.build_toy(root, args.seed)
 
-    def run(main, line: str) -> None:
-        main([word.format(root=root, home=home, **vars(args)) for word in line.split()])
+    def words(line: str) -> list[str]:
+        return [word.format(root=root, home=home, **vars(args)) for word in line.split()]
 
-    def training(argv: list[str]) -> None:
-        train(parse_args([*argv, *"--resume --max-length 64 --log-every 100 --device".split(),
-                          args.device]))
+    def distil(line: str) -> None:
+        line += " --resume --max-length 64 --log-every 100 --device {device}"
+        train(parse_args(words(line)))
 
     # a teacher of two layers that skips steps; a student of one layer, which never saw it done
-    run(training, "--student {root}/blank-teacher --traces {root}/lessons.jsonl --objective sft "
+    distil("--student {root}/blank-teacher --traces {root}/lessons.jsonl --objective sft "
         "--out {root}/teacher --steps 1500 --batch-size 64 --grad-accum 1 --lr 5e-3")
-    run(training, "--student {home}/blank-student --traces {home}/lessons.jsonl --objective sft "
+    distil("--student {home}/blank-student --traces {home}/lessons.jsonl --objective sft "
         "--out {home}/student --steps 250 --batch-size 64 --grad-accum 1 --lr 5e-3")
     # the teacher answers the training problems: its right answers are the traces
     if not (home / "traces.jsonl").exists():
-        run(evaluate.main, "accuracy --model {root}/teacher --benchmark {home}/problems.jsonl "
+        evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl "
             "--temperature 1 --seed {seed} --max-new-tokens 12 --batch-size 500 --device {device} "
-            "--out {home}/traces.jsonl")
+            "--out {home}/traces.jsonl"))
     # the student learns from them, by plain imitation and by the chosen objective
     models = {"teacher": root / "teacher", "student before": home / "student"}
     for name in dict.fromkeys(("sft", args.objective)):
         models[name] = home / f"{name}-tau{args.tau:g}-lr{args.lr:g}"
         full = "--teacher {root}/teacher " * (loss.split_name(name)[0] != "sft")
-        run(training, full + "--student {home}/student --traces {home}/traces.jsonl --tau {tau} "
-            "--beta {beta} --steps {steps} --batch-size {batch_size} --grad-accum {grad_accum} --lr "
-            f"{{lr}} --seed {{seed}} --objective {name} --out {{home}}/{models[name].name}")
+        distil(full + "--student {home}/student --traces {home}/traces.jsonl --tau {tau} "
+            "--beta {beta} --steps {steps} --batch-size {batch_size} --grad-accum {grad_accum} "
+            f"--lr {{lr}} --seed {{seed}} --objective {name} --out {{home}}/{models[name].name}")
     evaluate.table(models, root / "held-out.jsonl", args.device)
 
 

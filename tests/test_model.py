@@ -56,7 +56,7 @@ def test_several_eos_ids_stop_each_row(tmp_path):
     ours, _ = ours_and_theirs(tmp_path, "llama", eos_token_id=None)
     prompts = [TOKENS[i % 3, i:i + 5 + i % 7].tolist() for i in range(40)]
     free = ours.generate(prompts, 30)
-    ours.generation["eos_token_id"] = list(range(20))
+    ours.eos_token_ids = list(range(20))
     stopped = ours.generate(prompts, 30)
     expected = [ids[:next((i + 1 for i, t in enumerate(ids) if t < 20), 30)] for ids in free]
     assert stopped == expected
