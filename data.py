@@ -34,6 +34,7 @@ from tqdm import tqdm  # comes with huggingface-hub
 
 from model import BadInput, Config, Transformer, check, fetch, read_json
 
+
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -54,7 +55,7 @@ class Tokenizer:
         check(file.exists(), f"{file}: no such file; copy the tokenizer.json of the model there")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower class
+        except Exception as error:  # the Rust library raises no narrower class
             raise BadInput(f"{file}: not a readable tokenizer: {error}") from error
         self.backend.no_padding()  # some files have padding or truncation baked in
         self.backend.no_truncation()
@@ -344,8 +345,8 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
     value, step = rng.randrange(10), 0
     signs = ["*" if rng.random() < times else rng.choice("+-") for _ in LETTERS]
     operations = [sign + str(rng.choice((2, 3, 4))) for sign in signs]
-    prompt, written = f"{value} " + " ".join(map("".join, zip(LETTERS, operations))), []
-    values = []
+    prompt = " ".join([str(value), *map("".join, zip(LETTERS, operations, strict=True))])
+    values, written = [], []
     for sign, k in operations:
         k = int(k)
         value = (value + k if sign == "+" else value - k if sign == "-" else value * k) % 10

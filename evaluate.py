@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data import Tokenizer, load, load_problems, write_jsonl
 from model import BadInput, Transformer, read_json
 
+
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last whole \boxed{...}, braces matched, in one pass.
 

@@ -88,22 +88,17 @@ class Config:
 
 
 def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle in fp32: positions [B, T] -> two [B, 1, T, Dh]. RoPE 2104.09864"""
+    """positions [B, T] -> cos and sin of the angles in fp32, each [B, 1, T, Dh]. In HF's layout a
+    dimension turns together with the one Dh/2 away; sin has the sign of the rotation in it."""
     pair = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2]
+    freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2], RoPE 2104.09864
     if config.llama3:  # slow waves are stretched by `factor`, fast ones kept, others blended
         factor, low, high, length = config.llama3
         turns = length * freq / (2 * torch.pi)  # of each wave within the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         freq = kept * freq + (1 - kept) * freq / factor
-    angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """HF's layout: dimension i turns together with i + Dh/2, not with its neighbour."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    angle = positions[:, None, :, None].float() * freq
+    return angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 class KVCache:
@@ -137,7 +132,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, T, Dh]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k = (x * rope[0] + x.roll(self.head_dim // 2, -1) * rope[1]
+                for x in (self.q_norm(q), self.k_norm(k)))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
@@ -285,14 +281,14 @@ class Transformer(nn.Module):
         they move into `folder` once all are whole, config.json last."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}  # its old name
+        generation = {**self.generation, "eos_token_id": self.eos_token_ids}
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
             save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
             for file in filter(Path.exists, map(self.folder.joinpath, TOKENIZER_FILES)):
                 Path(new, file.name).write_bytes(file.read_bytes())
-            generation = {**self.generation, "eos_token_id": self.eos_token_ids}
-            Path(new, "generation_config.json").write_text(json.dumps(generation, indent=2))
-            Path(new, "config.json").write_text(json.dumps(config, indent=2))
+            for name, content in ("generation_config.json", generation), ("config.json", config):
+                Path(new, name).write_text(json.dumps(content, indent=2) + "\n")
             Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)
             for file in sorted(Path(new).iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(Path(folder, file.name))

@@ -258,7 +258,7 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def toy(args: argparse.Namespace) -> None:
-    """Builds the toy world in --out with the commands of real models; what is there is used again."""
+    """Builds the toy world in --out with the commands of real models; what is there is reused."""
     root, home = Path(args.out), Path(args.out, f"seed{args.seed}")
     data.build_toy(root, args.seed)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 from model import BadInput
 
-# tokenizer name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
+# name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
 REAL = {
     "Qwen2.5-Instruct": ("Qwen2.5-Instruct", "Qwen2.5-Instruct", "tokenizer_config", "<|im_end|>"),
     "Qwen2.5-base": ("Qwen2.5-Instruct", "Qwen2.5-base", "tokenizer_config", "<|im_end|>"),
@@ -59,14 +59,15 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monk
     assert len(cases) == 7 * (name != "Llama-2-7b-hf")  # which has no template
     for case in cases:
         if "continue_final_message" not in case["kwargs"]:
-            text = tokenizer.render(case["messages"], case["add_generation_prompt"], **case["kwargs"])
+            text = tokenizer.render(case["messages"], case["add_generation_prompt"],
+                                    **case["kwargs"])
             assert text == case["rendered"], case["case"]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     turns = [{"role": "user", "content": "What is 12 + 34? \\boxed{} it."}]
     if cases:
-        expected = theirs(theirs.apply_chat_template(turns, tokenize=False,
-                                                     add_generation_prompt=True, date_string="21 Nov 2026"),
-                          add_special_tokens=False)["input_ids"]
+        text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
+                                          date_string="21 Nov 2026")
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
     else:
         expected = theirs(turns[0]["content"])["input_ids"]
     assert tokenizer.prompt(turns) == expected
@@ -80,7 +81,8 @@ def test_ids_of_real_tokenizers(shared):
         name = case["tokenizer_file"]
         if name not in loaded:
             loaded[name] = tokenizer = data.Tokenizer.__new__(data.Tokenizer)
-            tokenizer.backend = data.tokenizers.Tokenizer.from_file(str(shared / "tokenizers" / name))
+            file = shared / "tokenizers" / name
+            tokenizer.backend = data.tokenizers.Tokenizer.from_file(str(file))
         encode = loaded[name].encode
         if "text" in case:
             assert encode(case["text"]) == case["ids"]
@@ -105,7 +107,8 @@ def test_padding_baked_into_a_tokenizer_is_ignored(toy_model, tmp_path):
     raw = json.loads((toy_model / "tokenizer.json").read_text())
     raw["padding"] = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None,
                       "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
-    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
+                         "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     shutil.copyfile(toy_model / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
     assert len(data.Tokenizer(tmp_path).encode("1 a+2 b*3")) == 3
@@ -160,7 +163,8 @@ def test_order_of_traces(toy_model):
         assert [len(batch.ids) for batch in batches] == [batch_size] * grad_accum
         return [name for batch in batches for name in batch.ids]
 
-    epochs = [sum((names(step, 4, 2) for step in range(3 * e, 3 * e + 3)), []) for e in range(3)]
+    epochs = [[name for step in range(3 * e, 3 * e + 3) for name in names(step, 4, 2)]
+              for e in range(3)]
     assert all(sorted(map(int, epoch)) == list(range(24)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert names(1, 8, 1) == names(1, 2, 4) == names(1, 1, 8)
@@ -181,7 +185,8 @@ def test_left_out_traces_are_counted(toy_model, tmp_path):
     file = write(tmp_path / "t.jsonl", GOOD, {**GOOD, "correct": False, "finished": True},
                  {**GOOD, "correct": False, "finished": False}, {**GOOD, "correct": True},
                  {**GOOD, "response": "a=0 " * 90}, {"messages": [
-                     {"role": "user", "content": "7 a+3"}, {"role": "assistant", "content": "a=0"}]})
+                     {"role": "user", "content": "7 a+3"},
+                     {"role": "assistant", "content": "a=0"}]})
     examples, dropped = data.load_traces(file, data.Tokenizer(toy_model), 64)
     assert dropped == {"wrong": 1, "unfinished": 1, "longer than 64 tokens": 1}
     assert [len(example.tokens) - example.prompt for example in examples] == [5, 5, 2]
@@ -196,19 +201,26 @@ def test_left_out_traces_are_counted(toy_model, tmp_path):
     ({**GOOD, "response": ""}, "line 2: response = ''"),
     ({**GOOD, "response": 5}, "line 2: response = '5'"),
     ({**GOOD, "prompt": " "}, "line 2: prompt = ' '"),
-    ({**GOOD, "messages": "hi"}, "line 2: messages"), ({**GOOD, "messages": [{}]}, "line 2: messages"),
-    ({**GOOD, "tokens": [1, 9999]}, "line 2: tokens"), ({**GOOD, "tokens": ["a"]}, "line 2: tokens"),
+    ({**GOOD, "messages": "hi"}, "line 2: messages"),
+    ({**GOOD, "messages": [{}]}, "line 2: messages"),
+    ({**GOOD, "tokens": [1, 9999]}, "line 2: tokens"),
+    ({**GOOD, "tokens": ["a"]}, "line 2: tokens"),
     ({**GOOD, "teacher_logprobs": None}, "line 2: no list of teacher_logprobs.*data.py score"),
-    ({**GOOD, "teacher_logprobs": [-1.0] * 4}, "line 2: teacher_logprobs: 4 numbers for the 5 tokens"),
+    ({**GOOD, "teacher_logprobs": [-1.0] * 4},
+     "line 2: teacher_logprobs: 4 numbers for the 5 tokens"),
     ({**GOOD, "teacher_logprobs": 3}, "line 2: no list of teacher_logprobs"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]}, "line 2: teacher_logprobs: .nan. is not a log-prob"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]}, "line 2: teacher_logprobs: .0.5. is not"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]}, "line 2: teacher_logprobs: .'x'. is not")])
+    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]},
+     "line 2: teacher_logprobs: .nan. is not a log-prob"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]},
+     "line 2: teacher_logprobs: .0.5. is not"),
+    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]},
+     "line 2: teacher_logprobs: .'x'. is not")])
 def test_broken_traces_are_named(toy_model, tmp_path, line, named):
     """Guards every refusal: file, line, field, and what to do."""
     file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": [-1.0] * 5})
     line = json.dumps(line) if isinstance(line, dict) else line
-    file.write_bytes(file.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(file.read_bytes() + line + b"\n")
     with pytest.raises(BadInput, match=rf"{file} {named}"):
         data.load_traces(file, data.Tokenizer(toy_model), 64, teacher=True)
 
@@ -220,7 +232,8 @@ def test_missing_and_empty_files_are_named(toy_model, tmp_path):
     with pytest.raises(BadInput, match=r"t\.jsonl: no usable trace \(the file is empty\)"):
         data.load_traces(write(tmp_path / "t.jsonl"), tokenizer, 64)
     with pytest.raises(BadInput, match=r"no usable trace \(2 wrong\)"):
-        data.load_traces(write(tmp_path / "t.jsonl", *[{**GOOD, "correct": False}] * 2), tokenizer, 64)
+        file = write(tmp_path / "t.jsonl", *[{**GOOD, "correct": False}] * 2)
+        data.load_traces(file, tokenizer, 64)
     with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
         data.Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -232,7 +245,7 @@ def test_vocabulary_mismatch_is_refused(toy_model, tmp_path):
     """Guards a tokenizer whose ids the model has no rows for: an index error deep in a run."""
     shutil.copytree(toy_model, tmp_path / "m")
     make_hf(tmp_path / "m", "qwen2", vocab_size=50)
-    with pytest.raises(BadInput, match="vocabulary mismatch: tokenizer.json has ids up to 128"):
+    with pytest.raises(BadInput, match=r"vocabulary mismatch: tokenizer\.json has ids up to 128"):
         data.load(tmp_path / "m")
 
 
@@ -258,7 +271,7 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     assert bytes_per_token < 20  # 8 for the signal; short toy responses carry the field names, too
 
 
-# ----------------------------------------------------------------------------------------- toy world
+# ---------------------------------------------------------------------------------------- toy world
 
 
 def test_toy_traces(toy_model):
@@ -286,7 +299,8 @@ def test_toy_traces(toy_model):
 def test_problem_fields(tmp_path):
     """Guards the field names of the usual benchmarks and numbers as answers."""
     file = write(tmp_path / "p.jsonl", {"question": "q", "answer": "x #### 3"},
-                 {"problem": "p", "expected_answer": 7, "id": "a"}, {"prompt": "r", "solution": "s"})
+                 {"problem": "p", "expected_answer": 7, "id": "a"},
+                 {"prompt": "r", "solution": "s"})
     assert data.load_problems(file) == [
         {"id": "1", "prompt": "q", "answer": "x #### 3"}, {"id": "a", "prompt": "p", "answer": "7"},
         {"id": "3", "prompt": "r", "answer": "s"}]

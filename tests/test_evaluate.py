@@ -28,7 +28,8 @@ def test_grading(prediction, gold, right):
 
 def test_hostile_text_is_graded_quickly():
     """Guards evaluation of text, and searches whose time grows with the square of its length."""
-    for text in ("9" * 100000, r"\boxed{" * 3000, "#### " + "1," * 50000, "{" * 100000, "(" * 100000):
+    for text in ("9" * 100000, r"\boxed{" * 20000, "#### " + "1," * 50000, "{" * 100000,
+                 "(" * 100000, r"\boxed{" * 9000 + "}" * 8999):
         assert evaluate.is_correct(text, "3") is False
 
 
@@ -63,7 +64,8 @@ class Script:
 
     def sample(self, prompts, max_new_tokens, *_, **__):
         replies = [self.replies[self.tokenizer.backend.decode(p).split()[0]] for p in prompts]
-        ids = [[*self.tokenizer.encode(text), self.tokenizer.end][:max_new_tokens] for text in replies]
+        ids = [[*self.tokenizer.encode(text), self.tokenizer.end][:max_new_tokens]
+               for text in replies]
         return [(row, [-0.123456] * len(row)) for row in ids]
 
 
@@ -71,7 +73,8 @@ def test_verdicts_and_summary(toy_model):
     """Guards credit for text that was cut off, and a standard error over answers instead of over
     problems. Problem 1 is right, 2 wrong, 3 cut off although its last number is right."""
     tokenizer = data.Tokenizer(toy_model)
-    model = Script(tokenizer, {"1": "f=5 #### 5", "2": "f=5 #### 4", "3": "a=5 b=5 c=5 d=5 e=5 f=5"})
+    model = Script(tokenizer, {"1": "f=5 #### 5", "2": "f=5 #### 4",
+                               "3": "a=5 b=5 c=5 d=5 e=5 f=5"})
     problems = [{"id": k, "prompt": f"{k} a+2", "answer": "5"} for k in (1, 2, 3)]
     records = evaluate.answers(model, tokenizer, problems, max_new_tokens=5)
     assert [r["correct"] for r in records] == [True, False, False]
@@ -93,8 +96,8 @@ def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
     records load with their log-probabilities, those of the model over the sampled tokens."""
     benchmark, out = tmp_path / "p.jsonl", tmp_path / "teacher.jsonl"
     data.write_jsonl(benchmark, [{k: p[k] for k in ("id", "prompt", "answer")} for p in problems])
-    evaluate.main(["accuracy", "--model", str(toy_model), "--benchmark", str(benchmark), "--samples",
-                   "20", "--temperature", "1.5", "--max-new-tokens", "40", "--out", str(out)])
+    evaluate.main(["accuracy", "--model", str(toy_model), "--benchmark", str(benchmark),
+                   "--samples", "20", "--temperature", "1.5", "--max-new-tokens", "40", "--out", str(out)])
     records = [json.loads(line) for line in open(out)]
     right = [r for r in records if r["correct"]]
     assert 5 < len(right) < 300 and len(records) == 600
@@ -120,7 +123,8 @@ def test_command_line_refuses(toy_model, tmp_path, capsys):
         evaluate.main(["accuracy", "--model", "m", "--benchmark", "b", "--samples", "2"])
     assert "--samples > 1 needs a --temperature above 0" in capsys.readouterr().err
     with pytest.raises(BadInput, match=r"b\.jsonl: cannot be read"):
-        evaluate.main(["accuracy", "--model", str(toy_model), "--benchmark", str(tmp_path / "b.jsonl")])
+        evaluate.main(["accuracy", "--model", str(toy_model), "--benchmark",
+                       str(tmp_path / "b.jsonl")])
     make_hf(tmp_path / "m", "llama")
     data.write_jsonl(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "y"}])
     with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):

@@ -1,4 +1,4 @@
-"""loss.py: every formula against a naive float64 version, value and gradient; the weight's facts."""
+"""loss.py: every formula against a naive float64 one, value and gradient; the weight's facts."""
 
 import math
 
@@ -98,7 +98,8 @@ def test_bf16_inputs_are_computed_in_fp32():
         p_logp = p.float().log_softmax(-1)[range(N), Y]
         got = loss.token_losses(objective, q, Y, teacher, p_logp)
         full = None if teacher is None else p.double()
-        for a, b in zip(got, loss.token_losses(objective, q.double(), Y, full, p_logp), strict=True):
+        exact = loss.token_losses(objective, q.double(), Y, full, p_logp)
+        for a, b in zip(got, exact, strict=True):
             torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -206,13 +207,15 @@ def test_fact_5_contraction():
         r = (q / p).log()
         new = p * loss.discord_weight(q.log(), p.log(), tau)
         ratio = (new / new.sum() / p).log() / r
-        torch.testing.assert_close(ratio, torch.full((3,), 1 / (2 * tau)).double(), rtol=0.02, atol=0)
+        expected = torch.full((3,), 1 / (2 * tau)).double()
+        torch.testing.assert_close(ratio, expected, rtol=0.02, atol=0)
 
 
 def test_fact_6_dead_token():
     """A token that the student gives almost nothing is not learned, at tau = 1 either."""
     end = tabular((0.9, 0.0999, 0.0001), 1.0, steps=2000)
-    torch.testing.assert_close(end, torch.tensor([0.625, 0.375, 0.0002]).double(), atol=2e-3, rtol=0)
+    expected = torch.tensor([0.625, 0.375, 0.0002]).double()
+    torch.testing.assert_close(end, expected, atol=2e-3, rtol=0)
 
 
 def test_names():

@@ -232,7 +232,8 @@ def test_broken_files_are_named(tmp_path):
     ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
     ("attention_dropout", 0.1), ("quantization_config", {"quant_method": "fp8"}),
     ("auto_map", {"AutoModel": "x.Y"}), ("rope_scaling", {"type": "linear", "factor": 2.0}),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_type": "dynamic"}),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("rope_parameters", {"rope_type": "dynamic"}),
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("partial_rotary_factor", 0.5),
     ("rope_scaling", {"type": "default", "mrope_section": [2, 2]}), ("head_dim", 7),
     ("num_key_value_heads", 3), ("hidden_size", None), ("vocab_size", "97"), ("rms_norm_eps", -1),
@@ -240,7 +241,8 @@ def test_broken_files_are_named(tmp_path):
 def test_unsupported_config_is_refused(key, value):
     """Guards silently wrong networks: the message has the key (or the part of it) and the value."""
     raw = raw_config("qwen2") | {key: value}
-    part = {"rope_scaling": "rope_type|low_freq_factor|mrope_section", "rope_parameters": "rope_type"}
+    part = {"rope_scaling": "rope_type|low_freq_factor|mrope_section",
+            "rope_parameters": "rope_type"}
     with pytest.raises(BadInput, match=part.get(key, key)) as error:
         Config(raw, "some/config.json")
     assert str(error.value).startswith("some/config.json: ")

@@ -31,8 +31,8 @@ def traces(toy_model, tmp_path_factory):
 def options(student, traces, out, *more):
     return train.parse_args([
         "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
-        "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64", "--log-every",
-        "3", "--save-every", "5", "--device", "cpu", *more])
+        "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64",
+        "--log-every", "3", "--save-every", "5", "--device", "cpu", *more])
 
 
 def weights(folder):
@@ -62,7 +62,8 @@ def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkey
         teacher = Transformer.from_pretrained(tmp_path / "teacher")
     examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
     batch, V = data.collate(examples[:9]), tokenizer.vocab_size
-    args = options(folder, traces, tmp_path, "--objective", objective, "--tau", "0.8", "--beta", "0.3")
+    args = options(folder, traces, tmp_path, "--objective", objective, "--tau", "0.8", "--beta",
+                   "0.3")
     assert len(batch.y) % 7 and V == 129
 
     sums = train.backward(student, batch, args, 1234, V, teacher)
@@ -73,7 +74,8 @@ def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkey
         with torch.no_grad():
             p_logits = teacher.logits(teacher(batch.tokens)).flatten(0, 1)[batch.rows, :V]
     q_logits = student.logits(student(batch.tokens)).flatten(0, 1)[batch.rows, :V]
-    losses, weight = loss.token_losses(objective, q_logits, batch.y, p_logits, batch.p_logp, 0.8, 0.3)
+    losses, weight = loss.token_losses(objective, q_logits, batch.y, p_logits, batch.p_logp, 0.8,
+                                       0.3)
     (weight * losses).sum().div(1234).backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
@@ -172,9 +174,11 @@ def test_log(toy_model, traces, tmp_path, capsys):
     assert lines[0]["loss"] == pytest.approx((w * nll).mean().item(), rel=1e-5)
     assert lines[0]["unweighted"] == pytest.approx(nll.mean().item(), rel=1e-5)
     assert lines[0]["weight"] == pytest.approx(w.mean().item(), rel=1e-5)
-    assert lines[0]["ess"] == pytest.approx((w.sum()**2 / w.square().sum() / len(w)).item(), rel=1e-5)
+    ess = (w.sum()**2 / w.square().sum() / len(w)).item()
+    assert lines[0]["ess"] == pytest.approx(ess, rel=1e-5)
     printed = capsys.readouterr().out
-    assert "tokens_per_s" in printed and "gb " in printed and "[####]" in printed and "left out: none" in printed
+    for part in ("tokens_per_s ", "gb ", "[####]", "left out: none"):
+        assert part in printed
     assert "tau=0.9" in printed and run["options"]["tau"] == 0.9 and run["seconds"] > 0
 
 
@@ -250,7 +254,8 @@ def test_broken_loss_stops_the_run(toy_model, traces, tmp_path):
         patch.setattr(train, "backward", poisoned)
         train.train(args)
     assert "not finite at step 5, traces t" in str(error.value)
-    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-00000004"]
+    kept = [folder.name for folder in (tmp_path / "run").glob("checkpoint*")]
+    assert kept == ["checkpoint-00000004"]
     train.train(options(toy_model, traces, tmp_path / "run", "--save-every", "1",
                         "--resume"))
 
@@ -299,7 +304,8 @@ def test_objectives_that_lack_their_teacher(toy_model, traces, tmp_path):
             train.train(options(toy_model, traces, tmp_path / "run", *more))
         assert not (tmp_path / "run").exists()
 
-    refused("--objective kl needs the teacher's whole distribution: give --teacher", "--objective", "kl")
+    refused("--objective kl needs the teacher's whole distribution: give --teacher",
+            "--objective", "kl")
     refused("--objective discord-gkd needs the teacher", "--objective", "discord-gkd")
     refused("sft uses no --teacher", "--objective", "sft", "--teacher", str(toy_model))
     bare = tmp_path / "bare.jsonl"
@@ -334,7 +340,8 @@ def test_teacher_in_memory_equals_stored_scalars(toy_model, tmp_path):
     (["--student", "s"], "give --student, --traces and --out"),
     (["--student", "s", "--traces", "t"], "give --student, --traces and --out"),
     (["--tau", "0"], "--tau 0.0: must be above 0"), (["--lr", "nan"], "--lr nan: must be above 0"),
-    (["--steps", "-1"], "--steps -1: must be above 0"), (["--beta", "1.5"], "--beta 1.5: must lie between"),
+    (["--steps", "-1"], "--steps -1: must be above 0"),
+    (["--beta", "1.5"], "--beta 1.5: must lie between"),
     (["--objective", "dpo"], "invalid choice: 'dpo'"), (["--stu", "x"], "unrecognized arguments")])
 def test_command_line_refuses(argv, message, capsys):
     with pytest.raises(SystemExit):
