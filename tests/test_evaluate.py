@@ -97,7 +97,8 @@ def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
     benchmark, out = tmp_path / "p.jsonl", tmp_path / "teacher.jsonl"
     data.write_jsonl(benchmark, [{k: p[k] for k in ("id", "prompt", "answer")} for p in problems])
     evaluate.main(["accuracy", "--model", str(toy_model), "--benchmark", str(benchmark),
-                   "--samples", "20", "--temperature", "1.5", "--max-new-tokens", "40", "--out", str(out)])
+                   "--samples", "20", "--temperature", "1.5", "--max-new-tokens", "40", "--out",
+                   str(out)])
     records = [json.loads(line) for line in open(out)]
     right = [r for r in records if r["correct"]]
     assert 5 < len(right) < 300 and len(records) == 600
