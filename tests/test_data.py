@@ -249,6 +249,15 @@ def test_vocabulary_mismatch_is_refused(toy_model, tmp_path):
         data.load(tmp_path / "m")
 
 
+def test_end_of_turn_stops_a_base_model(toy_model, tmp_path):
+    """Guards base models (Qwen2.5) whose config names another EOS than their template writes: the
+    student would be trained to end with a token that generation does not stop at."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    make_hf(tmp_path / "m", "qwen2", vocab_size=129, eos_token_id=7)
+    model, tokenizer = data.load(tmp_path / "m")
+    assert model.eos_token_ids == [tokenizer.vocab["<end>"], 7] == [3, 7]
+
+
 def test_score_equals_transformers(toy_model, tmp_path, capsys):
     """Guards scoring at the wrong position, in another order, with padding mixed in, or of rows of
     the head that the tokenizer does not have; and what is written must load."""

@@ -146,7 +146,9 @@ def test_fact_2_infinite_tau_is_sft():
 def test_tau_1_is_the_posterior():
     """2q / (p + q): above 1 where the student is surer of the token than the teacher."""
     q, p = torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.1, 0.9, 0.5])
-    torch.testing.assert_close(loss.discord_weight(q.log(), p.log(), 1.0), 2 * q / (p + q))
+    w = loss.discord_weight(q.log().requires_grad_(), p.log().requires_grad_(), 1.0)
+    torch.testing.assert_close(w, 2 * q / (p + q))
+    assert not w.requires_grad  # fact 3: no gradient flows through the weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

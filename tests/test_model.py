@@ -250,6 +250,20 @@ def test_unsupported_config_is_refused(key, value):
     assert str(shown) in str(error.value)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_defaults_are_those_of_transformers(model_type):
+    """Guards keys that a config may leave out (Llama-2 has no rope_theta, Qwen2 no head_dim)."""
+    raw = {"model_type": model_type, "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48,
+           "num_hidden_layers": 1, "num_attention_heads": 4}
+    if model_type != "llama":
+        raw["num_key_value_heads"] = 2
+    ours, theirs = Config(raw), AutoConfig.for_model(**raw)
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
 def test_real_configs(shared):
     """Each of sixty real config.json files is refused by name or has transformers' parameters."""
     supported, refused = [], []
