@@ -271,7 +271,7 @@ def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
 
 
 @torch.no_grad()
-def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int = 1024) -> Tensor:
+def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int = 256) -> Tensor:
     """The model's log-probability of each supervised token, [N] fp32, at temperature 1."""
     hidden = model(batch.tokens).flatten(0, 1)[batch.rows]  # [N, D]
     logits = (model.logits(rows)[:, :vocab_size].float() for rows in hidden.split(chunk))

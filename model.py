@@ -235,7 +235,7 @@ class Transformer(nn.Module):
             logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
             token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
             out[rows, step] = token
-            logp[rows, step] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            logp[rows, step] = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
             length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
             if device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait

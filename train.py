@@ -28,7 +28,7 @@ import evaluate
 import loss
 from model import BadInput, Transformer, check, read_json
 
-CHUNK = 1024  # so many supervised rows are V wide at a time
+CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
 TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800,
        "max_length": 64, "log_every": 100}
@@ -95,7 +95,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     weights = {name: p.to(getattr(torch, args.dtype)) for name, p in student.named_parameters()}
     hidden = functional_call(student, weights, batch.tokens)  # fp32 weights compute in args.dtype
     hidden = hidden.flatten(0, 1)[batch.rows]  # [N, D]; the prompt's rows stay out
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[:vocab_size]
     rows, p_logits = hidden.detach().requires_grad_(), None
     with torch.no_grad():
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.rows] if teacher else None
@@ -105,10 +105,9 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         if teacher:
             with torch.no_grad():
                 p_logits = teacher.logits(p_hidden[part])[:, :vocab_size]
-        q_logits = F.linear(rows[part], head)[:, :vocab_size]  # some heads have unused rows
-        p_logp = None if batch.p_logp is None else batch.p_logp[part]
-        losses, w = loss.token_losses(args.objective, q_logits, batch.y[part], p_logits, p_logp,
-                                      args.tau, args.beta)
+        losses, w = loss.token_losses(
+            args.objective, F.linear(rows[part], head), batch.y[part], p_logits,
+            None if batch.p_logp is None else batch.p_logp[part], args.tau, args.beta)
         total = (w * losses).sum()
         (total / tokens).backward()
         sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
@@ -204,12 +203,12 @@ def train(args: argparse.Namespace) -> dict:
     # ---- header
     tokens = sum(len(example.tokens) - example.prompt for example in examples)
     left_out = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
-    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}, commit {run['commit']}\n"
+    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; commit {run['commit']}, torch "
+          f"{run['torch']}, python {run['python']}, {torch.get_num_threads()} threads\n"
           f"  student  {args.student}: {sum(p.numel() for p in student.parameters()):,} weights\n"
-          f"  traces   {args.traces}: {len(examples):,}, {tokens:,} supervised tokens; left out: "
-          f"{left_out}\n  options  "
-          f"{' '.join(f'{k}={v}' for k, v in run['options'].items() if v is not None)}\n"
-          f"  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
+          f"  traces   {args.traces}: {len(examples):,} of {tokens:,} tokens; left out: {left_out}\n"
+          "  options  " + " ".join(f"{k}={v}" for k, v in run["options"].items() if v is not None),
+          f"\n  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
 
     # ---- loop
     begin = last = time.perf_counter()
@@ -239,12 +238,12 @@ def train(args: argparse.Namespace) -> dict:
         now = time.perf_counter()
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
-                "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": tokens / (now - last),
+                "lr": optimizer.param_groups[0]["lr"], "tok/s": round(tokens / (now - last)),
                 "gb": evaluate.peak_memory_gb(args.device)}
         pending, last = [], now
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        progress.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()), sys.stdout)
+        progress.write(" ".join(f"{k} {v:<7.4g}" for k, v in line.items()).rstrip(), sys.stdout)
         if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
 

@@ -177,7 +177,7 @@ def test_log(toy_model, traces, tmp_path, capsys):
     ess = (w.sum()**2 / w.square().sum() / len(w)).item()
     assert lines[0]["ess"] == pytest.approx(ess, rel=1e-5)
     printed = capsys.readouterr().out
-    for part in ("tokens_per_s ", "gb ", "[####]", "left out: none"):
+    for part in ("tok/s ", "gb ", "[####]", "left out: none"):
         assert part in printed
     assert "tau=0.9" in printed and run["options"]["tau"] == 0.9 and run["seconds"] > 0
 
@@ -215,7 +215,7 @@ def test_resume_is_bit_for_bit(toy_model, traces, tmp_path, monkeypatch, at):
     logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
             for name in ("whole", "cut")]
     for line in logs[0] + logs[1]:
-        del line["tokens_per_s"], line["gb"]
+        del line["tok/s"], line["gb"]
     assert [line for line in logs[1] if line in logs[0]] == logs[1]
     assert [line["step"] for line in logs[1]] == [line["step"] for line in logs[0]]
     assert not list((tmp_path / "cut").glob("checkpoint*"))
