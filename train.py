@@ -203,10 +203,11 @@ def train(args: argparse.Namespace) -> dict:
     # ---- header
     tokens = sum(len(example.tokens) - example.prompt for example in examples)
     left_out = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
-    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; commit {run['commit']}, torch "
-          f"{run['torch']}, python {run['python']}, {torch.get_num_threads()} threads\n"
+    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; commit {run['commit']}, "
+          f"torch {run['torch']}, python {run['python']}, {torch.get_num_threads()} threads\n"
           f"  student  {args.student}: {sum(p.numel() for p in student.parameters()):,} weights\n"
-          f"  traces   {args.traces}: {len(examples):,} of {tokens:,} tokens; left out: {left_out}\n"
+          f"  traces   {args.traces}: {len(examples):,}, {tokens:,} supervised tokens; left out: "
+          f"{left_out}\n"
           "  options  " + " ".join(f"{k}={v}" for k, v in run["options"].items() if v is not None),
           f"\n  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
 
@@ -243,7 +244,7 @@ def train(args: argparse.Namespace) -> dict:
         pending, last = [], now
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        progress.write(" ".join(f"{k} {v:<7.4g}" for k, v in line.items()).rstrip(), sys.stdout)
+        progress.write(" ".join(f"{k} {v:<8.5g}" for k, v in line.items()).rstrip(), sys.stdout)
         if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
 
