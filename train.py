@@ -282,11 +282,12 @@ def toy(args: argparse.Namespace) -> None:
     # the student learns from them, by plain imitation and by the chosen objective
     models = {"teacher": root / "teacher", "student before": home / "student"}
     for name in dict.fromkeys(("sft", args.objective)):
-        models[name] = home / f"{name}-tau{args.tau:g}-lr{args.lr:g}"
-        full = "--teacher {root}/teacher " * (loss.split_name(name)[0] != "sft")
-        distil(full + "--student {home}/student --traces {home}/traces.jsonl --tau {tau} "
-            "--beta {beta} --steps {steps} --batch-size {batch_size} --grad-accum {grad_accum} "
-            f"--lr {{lr}} --seed {{seed}} --objective {name} --out {{home}}/{models[name].name}")
+        knobs = " --lr {lr} --steps {steps}" + " --tau {tau} --beta {beta}" * (name != "sft")
+        models[name] = home / "-".join([name, *words(knobs)[1::2]])
+        knobs += " --teacher {root}/teacher" * (loss.split_name(name)[0] != "sft")
+        distil("--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
+               "--grad-accum {grad_accum} --seed {seed}" + knobs +
+               f" --objective {name} --out {{home}}/{models[name].name}")
     evaluate.table(models, root / "held-out.jsonl", args.device)
 
 
