@@ -159,9 +159,8 @@ def conversation(record: dict, where: str) -> tuple[list[dict], str]:
     turns = record.get("messages")
     if turns is None:
         turns = [{"role": "user", "content": text_field(record, ["prompt"], where)}]
-    check(isinstance(turns, list) and turns and all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns),
-        f"{where}: messages: expected a list of {{role, content}}")
+    check(isinstance(turns, list) and turns and all(isinstance(turn, dict) and {"role", "content"}
+          <= turn.keys() for turn in turns), f"{where}: messages: not a list of {{role, content}}")
     if "response" not in record and turns[-1]["role"] == "assistant":
         turns, record = turns[:-1], {"response": turns[-1]["content"]}
     return turns, text_field(record, ["response"], where)
@@ -340,15 +339,14 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
     probability of leaving a value out.
 
     >>> toy_trace(random.Random(1), skip=0.6)["prompt"]
-    '2 a+3 b*4 c-2 d-4 e+3 f-3'
+    '2 a+3 b*3 c-2 d*2 e-3 f+4'
     """
     value, step = rng.randrange(10), 0
-    signs = ["*" if rng.random() < times else rng.choice("+-") for _ in LETTERS]
-    operations = [sign + str(rng.choice((2, 3, 4))) for sign in signs]
+    operations = [("*" if rng.random() < times else rng.choice("+-")) + rng.choice("234")
+                  for _ in LETTERS]
     prompt = " ".join([str(value), *map("".join, zip(LETTERS, operations, strict=True))])
     values, written = [], []
-    for sign, k in operations:
-        k = int(k)
+    for sign, k in ((sign, int(k)) for sign, k in operations):
         value = (value + k if sign == "+" else value - k if sign == "-" else value * k) % 10
         values.append(value)
     while step < len(LETTERS):

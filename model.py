@@ -18,9 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-HUB_FILES = (*TOKENIZER_FILES, "*config.json", "model*.safetensors", "model.safetensors.index.json")
-
 
 class BadInput(ValueError):
     """Something the user gave is wrong; the message names it and says what to do."""
@@ -35,7 +32,8 @@ def fetch(path_or_repo: str | Path) -> Path:
     """The folder of a model: the one given, or the Hub's "org/name", downloaded once."""
     try:
         return (Path(path_or_repo) if Path(path_or_repo).is_dir() else
-                Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES)))
+                Path(snapshot_download(str(path_or_repo), allow_patterns=[
+                    "*.json", "*.jinja", "model*.safetensors"])))
     except (OSError, ValueError) as error:  # the Hub's errors are of these kinds
         raise BadInput(f"{path_or_repo}: not a folder, nor on the Hub: {error!s:.200}") from error
 
@@ -67,8 +65,8 @@ class Config:
         heads, kind = raw.get("num_attention_heads"), raw.get("model_type")
         values = {"model_type": None, "rope_type": "default", "rope_theta": 10000.0,
                   "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-                  "num_key_value_heads": heads if kind == "llama" else None}
-        values |= {key: value for key, value in given.items() if value is not None}
+                  "num_key_value_heads": heads if kind == "llama" else None,
+                  **{key: value for key, value in given.items() if value is not None}}
         llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
 
         def accept(fine: bool, key: str, why: str) -> None:
@@ -122,8 +120,7 @@ class Attention(nn.Module):
         D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
         H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.q_proj = nn.Linear(D, H * Dh, bias=bias or qwen2)
-        self.k_proj = nn.Linear(D, K * Dh, bias=bias or qwen2)
-        self.v_proj = nn.Linear(D, K * Dh, bias=bias or qwen2)
+        self.k_proj, self.v_proj = (nn.Linear(D, K * Dh, bias=bias or qwen2) for _ in "kv")
         self.o_proj = nn.Linear(H * Dh, D, bias=bias and not qwen2)
         norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
@@ -144,7 +141,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in "gu")
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,13 +181,12 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens)
         start = 0 if cache is None else cache.length
         column, mask = torch.arange(start + tokens.shape[1], device=x.device), None
-        query = column[start:]
-        positions = query[None]  # [1 or B, T]
-        if start or pad is not None:  # a query always sees itself: seeing nothing would be NaN
+        positions = column[None, start:]  # [1 or B, T]
+        if start or pad is not None:
             pad = torch.zeros_like(tokens[:, 0]) if pad is None else pad
-            positions = (query - pad[:, None]).clamp(min=0)
-            mask = (column <= query[:, None]) & (column >= pad[:, None, None])
-            mask = (mask | (column == query[:, None]))[:, None]  # [B, 1, T, columns]
+            positions, query = (positions - pad[:, None]).clamp(min=0), column[start:, None]
+            # [B, 1, T, columns]; a query always sees itself, since one that sees nothing gives NaN
+            mask = ((column <= query) & (column >= pad[:, None, None]) | (column == query))[:, None]
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for block in self.model.layers:
             x = block(x, rope, mask, cache)
@@ -200,37 +196,33 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., V], for only those rows that are supervised or sampled."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, (self.model.embed_tokens if tied else self.lm_head).weight)
+        return F.linear(hidden, getattr(self, "lm_head", self.model.embed_tokens).weight)
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-                 seed: int | list | None = None, **more) -> list[list[int]]:
-        """The new tokens of each prompt, EOS included where it was reached; see `sample`."""
-        return [ids for ids, _ in self.sample(prompts, max_new_tokens, temperature, seed, **more)]
+    def generate(self, *args, **options) -> list[list[int]]:
+        """generate(prompts, max_new_tokens, temperature=0.0, seed=None, ...): `sample`'s tokens."""
+        return [ids for ids, _ in self.sample(*args, **options)]
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                seed: int | list | None = None, top_p: float = 1.0, vocab_size: int | None = None,
                ) -> list[tuple[list[int], list[float]]]:
-        """(new tokens, their raw log-probabilities at temperature 1 in fp32) for each prompt. 0 is
-        greedy. A row draws from a generator of its own, seeded with (seed, row) or seed[row]:
-        its answer does not depend on its neighbours. `vocab_size` cuts unused rows off the head."""
-        check(prompts and all(prompts) and temperature >= 0 and 0 < top_p <= 1,
-              "generate: give prompts, none of them empty, temperature >= 0 and 0 < top_p <= 1")
-        weight = self.model.embed_tokens.weight
-        B, longest, device = len(prompts), max(map(len, prompts)), weight.device
-        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-        if not isinstance(seed, list):
-            seed = [None if seed is None else (seed, row) for row in range(B)]
-        draws = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in seed])
-        draws = torch.tensor(draws, device=device)  # [B, max_new_tokens] in [0, 1)
-        # Padded on the left, all rows have their newest token in one column, the last.
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        """(new tokens, the EOS included, their fp32 log-probabilities at temperature 1) of each
+        prompt. Temperature 0 is greedy. A row draws from its own generator, seeded with (seed, row)
+        or seed[row], whatever its neighbours. `vocab_size` cuts unused rows off the head."""
+        check(prompts and all(prompts), "generate: no prompts, or an empty one among them")
+        check(temperature >= 0 and 0 < top_p <= 1, f"generate: {temperature=}, {top_p=}?")
+        weight, B, longest = self.model.embed_tokens.weight, len(prompts), max(map(len, prompts))
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=weight.device)
+        seeds = seed if isinstance(seed, list) else [seed if seed is None else (seed, row)
+                                                     for row in range(B)]
+        draws = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in seeds])
+        draws = torch.tensor(draws, device=weight.device)  # [B, max_new_tokens] in [0, 1)
+        padded = [[0] * (longest - len(p)) + p for p in prompts]  # on the left
+        pad = torch.tensor([longest - len(p) for p in prompts], device=weight.device)
+        tokens = torch.tensor(padded, device=weight.device)
         cache = KVCache(self.config, B, longest + max_new_tokens, weight)
-        out, logp = draws.long(), draws.float()
-        length, done = torch.zeros_like(pad), torch.zeros_like(pad, dtype=torch.bool)
-        rows = torch.arange(B, device=device)  # the prompts that are still being answered
+        out, logp, length, done = draws.long(), draws.float(), torch.zeros_like(pad), pad < 0
+        rows = torch.arange(B, device=weight.device)  # the prompts that are still being answered
         for step in range(max_new_tokens):
             logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
             token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
@@ -238,7 +230,7 @@ class Transformer(nn.Module):
             logp[rows, step] = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
             length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
-            if device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
+            if weight.device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
                 alive = ~done[rows]
                 if not alive.any():
                     break
@@ -285,8 +277,9 @@ class Transformer(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
             save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
-            for file in filter(Path.exists, map(self.folder.joinpath, TOKENIZER_FILES)):
-                Path(new, file.name).write_bytes(file.read_bytes())
+            for name in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
+                if (self.folder / name).exists():
+                    Path(new, name).write_bytes((self.folder / name).read_bytes())
             for name, content in ("generation_config.json", generation), ("config.json", config):
                 Path(new, name).write_text(json.dumps(content, indent=2) + "\n")
             Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)

@@ -30,32 +30,27 @@ from model import BadInput, Transformer, check, read_json
 
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
-TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800,
-       "max_length": 64, "log_every": 100}
+TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # what
     add("--student", help="HF folder or Hub name; without it: the toy world")
     add("--traces", help="JSONL of traces; data.py says how they look")
     add("--out", help="folder of the run (toy world: runs/toy)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    # objective
     add("--objective", default="discord", choices=loss.NAMES, help="see loss.py (default: discord)")
     add("--teacher", help="HF folder; needed by kl, rkl, todi, gkd and their discord- forms")
     add("--tau", type=float, default=loss.TAU, help="of the DisCorD weight (default: %(default)s)")
     add("--beta", type=float, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
-    # optimisation
     add("--epochs", type=float, default=3, help="passes over the traces (default: 3)")
     add("--steps", type=int, help="optimizer steps; if given, --epochs does not count")
     add("--batch-size", type=int, default=8, help="traces in a micro-batch (default: 8)")
     add("--grad-accum", type=int, default=4, help="micro-batches in a step (default: 4)")
     add("--lr", type=float, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
     add("--max-length", type=int, default=2048, help="longer traces are left out (default: 2048)")
-    # run
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--seed", type=int, default=0, help="of the order of the traces (default: 0)")
@@ -81,8 +76,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     warmup = round(WARMUP * args.steps)
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
 
 
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
@@ -96,15 +90,12 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     hidden = functional_call(student, weights, batch.tokens)  # fp32 weights compute in args.dtype
     hidden = hidden.flatten(0, 1)[batch.rows]  # [N, D]; the prompt's rows stay out
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[:vocab_size]
-    rows, p_logits = hidden.detach().requires_grad_(), None
-    with torch.no_grad():
-        p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.rows] if teacher else None
+    p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.rows] if teacher else None
+    rows = hidden.detach().requires_grad_()
     sums = torch.zeros(4, dtype=torch.double, device=rows.device)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
-        if teacher:
-            with torch.no_grad():
-                p_logits = teacher.logits(p_hidden[part])[:, :vocab_size]
+        p_logits = teacher.logits(p_hidden[part])[:, :vocab_size] if teacher else None
         losses, w = loss.token_losses(
             args.objective, F.linear(rows[part], head), batch.y[part], p_logits,
             None if batch.p_logp is None else batch.p_logp[part], args.tau, args.beta)
@@ -173,6 +164,7 @@ def train(args: argparse.Namespace) -> dict:
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
     if args.teacher:
         teacher, other = data.load(args.teacher, getattr(torch, args.dtype), args.device)
+        teacher.requires_grad_(False)
         check(other.vocab == tokenizer.vocab, f"vocabulary mismatch: {args.teacher} and "
               f"{args.student} have different tokenizers, so p and q are not of the same tokens")
     examples, dropped = data.load_traces(args.traces, tokenizer, args.max_length,
@@ -236,12 +228,11 @@ def train(args: argparse.Namespace) -> dict:
             check(all(map(math.isfinite, row)), f"{out}: loss or gradient is not finite at step "
                   f"{step + 1}, traces {', '.join(ids)}: lower --lr? The last checkpoint is good")
         total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
-        now = time.perf_counter()
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
-                "lr": optimizer.param_groups[0]["lr"], "tok/s": round(tokens / (now - last)),
-                "gb": evaluate.peak_memory_gb(args.device)}
-        pending, last = [], now
+                "lr": optimizer.param_groups[0]["lr"], "gb": evaluate.peak_memory_gb(args.device),
+                "tok/s": round(tokens / (time.perf_counter() - last))}
+        pending, last = [], time.perf_counter()
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
         progress.write(" ".join(f"{k} {v:<8.5g}" for k, v in line.items()).rstrip(), sys.stdout)
@@ -265,15 +256,14 @@ def toy(args: argparse.Namespace) -> None:
     def words(line: str) -> list[str]:
         return [word.format(root=root, home=home, **vars(args)) for word in line.split()]
 
-    def distil(line: str) -> None:
-        line += " --resume --max-length 64 --log-every 100 --device {device}"
-        train(parse_args(words(line)))
-
+    more = " --resume --max-length 64 --log-every 100 --device {device}"
     # a teacher of two layers that skips steps; a student of one layer, which never saw it done
-    distil("--student {root}/blank-teacher --traces {root}/lessons.jsonl --objective sft "
-        "--out {root}/teacher --steps 1500 --batch-size 64 --grad-accum 1 --lr 5e-3")
-    distil("--student {home}/blank-student --traces {home}/lessons.jsonl --objective sft "
-        "--out {home}/student --steps 250 --batch-size 64 --grad-accum 1 --lr 5e-3")
+    train(parse_args(words(
+        "--student {root}/blank-teacher --traces {root}/lessons.jsonl --out {root}/teacher "
+        "--objective sft --steps 1500 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
+    train(parse_args(words(
+        "--student {home}/blank-student --traces {home}/lessons.jsonl --out {home}/student "
+        "--objective sft --steps 250 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
     # the teacher answers the training problems: its right answers are the traces
     if not (home / "traces.jsonl").exists():
         evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl "
@@ -285,9 +275,10 @@ def toy(args: argparse.Namespace) -> None:
         knobs = " --lr {lr} --steps {steps}" + " --tau {tau} --beta {beta}" * (name != "sft")
         models[name] = home / "-".join([name, *words(knobs)[1::2]])
         knobs += " --teacher {root}/teacher" * (loss.split_name(name)[0] != "sft")
-        distil("--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
-               "--grad-accum {grad_accum} --seed {seed}" + knobs +
-               f" --objective {name} --out {{home}}/{models[name].name}")
+        train(parse_args(words(
+            "--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
+            "--grad-accum {grad_accum} --seed {seed}" + knobs + more +
+            f" --objective {name} --out {{home}}/{models[name].name}")))
     evaluate.table(models, root / "held-out.jsonl", args.device)
 
 

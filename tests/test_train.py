@@ -59,7 +59,7 @@ def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkey
     student, tokenizer = data.load(folder)
     teacher = None
     if loss.split_name(objective)[0] != "sft":
-        teacher = Transformer.from_pretrained(tmp_path / "teacher")
+        teacher = Transformer.from_pretrained(tmp_path / "teacher").requires_grad_(False)
     examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
     batch, V = data.collate(examples[:9]), tokenizer.vocab_size
     args = options(folder, traces, tmp_path, "--objective", objective, "--tau", "0.8", "--beta",
