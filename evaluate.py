@@ -133,7 +133,9 @@ def commit() -> str:
 def peak_memory_gb(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return 0.0  # not known without a further package
+    import resource
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 

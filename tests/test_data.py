@@ -305,6 +305,16 @@ def test_toy_traces(toy_model):
     assert "<unk>" not in tokenizer.decode(tokenizer.encode(text))
 
 
+def test_toy_tokenizer_is_a_hugging_face_tokenizer(toy_model):
+    """Guards a toy world that only this project can read."""
+    theirs, ours = AutoTokenizer.from_pretrained(toy_model), data.Tokenizer(toy_model)
+    turns = [{"role": "user", "content": "7 a+3 b*4"}]
+    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == ours.render(turns) == "<user> 7 a+3 b*4 <assistant>"
+    assert theirs(text)["input_ids"] == ours.prompt(turns)
+    assert theirs.eos_token_id == ours.end == 3
+
+
 def test_problem_fields(tmp_path):
     """Guards the field names of the usual benchmarks and numbers as answers."""
     file = write(tmp_path / "p.jsonl", {"question": "q", "answer": "x #### 3"},
