@@ -382,7 +382,7 @@ def build_toy(root: Path, seed: int) -> None:
         if not (folder / "config.json").exists():
             torch.manual_seed(seed + 1 if folder.parent == home else 0)
             Transformer(Config({
-                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                 "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
                 "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
                 "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,

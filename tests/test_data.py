@@ -305,9 +305,13 @@ def test_toy_traces(toy_model):
     assert "<unk>" not in tokenizer.decode(tokenizer.encode(text))
 
 
-def test_toy_tokenizer_is_a_hugging_face_tokenizer(toy_model):
-    """Guards a toy world that only this project can read."""
-    theirs, ours = AutoTokenizer.from_pretrained(toy_model), data.Tokenizer(toy_model)
+def test_toy_world_opens_in_transformers(tmp_path):
+    """Guards a toy world that only this project can read. (Its models are Llamas: for the others,
+    transformers takes the family's way of splitting words, whatever tokenizer.json says.)"""
+    data.build_toy(tmp_path, seed=0)
+    folder = tmp_path / "seed0" / "blank-student"
+    theirs, ours = AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == ours.vocab_size
     turns = [{"role": "user", "content": "7 a+3 b*4"}]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == ours.render(turns) == "<user> 7 a+3 b*4 <assistant>"

@@ -1,7 +1,7 @@
 """What a student of the toy world does, step by step: python tests/toy_steps.py FOLDER...
 
-For the greedy answers to the held-out problems: the share of right values after each operation (given
-the value that the student wrote before it), and the share of values that it left out. Not a test.
+For the greedy answers to the held-out problems: the share of right values after each operation,
+given the value that the student wrote before it, and the share of values left out. Not a test.
 """
 
 import sys
@@ -24,9 +24,10 @@ for folder in map(Path, sys.argv[1:]):
                 value = None
                 continue
             if value is not None:
-                exact = {"+": int(value) + int(k), "-": int(value) - int(k), "*": int(value) * int(k)}
+                v, k = int(value), int(k)
                 written[sign] += 1
-                right[sign] += exact[sign] % 10 == int(values[letter])
+                exact = {"+": v + k, "-": v - k, "*": v * k}[sign] % 10
+                right[sign] += exact == int(values[letter])
             value = values[letter]
     shares = "  ".join(f"{sign} {right[sign] / written[sign]:.3f}" for sign in "+-*")
     print(f"{folder}:  {shares}  left out {skipped / (6 * len(problems)):.3f}")
