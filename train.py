@@ -260,10 +260,10 @@ def toy(args: argparse.Namespace) -> None:
     # a teacher of two layers that skips steps; a student of one layer, which never saw it done
     train(parse_args(words(
         "--student {root}/blank-teacher --traces {root}/lessons.jsonl --out {root}/teacher "
-        "--objective sft --steps 1500 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
+        "--objective sft --steps 2000 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
     train(parse_args(words(
         "--student {home}/blank-student --traces {home}/lessons.jsonl --out {home}/student "
-        "--objective sft --steps 250 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
+        "--objective sft --steps 300 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
     # the teacher answers the training problems: its right answers are the traces
     if not (home / "traces.jsonl").exists():
         evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl "
