@@ -240,7 +240,7 @@ def train(args: argparse.Namespace) -> dict:
             save_checkpoint(out, done, student, optimizer)
 
     # ---- the result, in the dtype that the student came in
-    student.to(getattr(torch, run["stored_as"] or "float32")).save_pretrained(out)
+    student.to(getattr(torch, str(run["stored_as"]), torch.float32)).save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     for folder in out.glob("checkpoint*"):

@@ -234,6 +234,7 @@ def test_broken_files_are_named(tmp_path):
     ("auto_map", {"AutoModel": "x.Y"}), ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("rope_parameters", {"rope_type": "dynamic"}),
+    ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}),
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("partial_rotary_factor", 0.5),
     ("rope_scaling", {"type": "default", "mrope_section": [2, 2]}), ("head_dim", 7),
     ("num_key_value_heads", 3), ("hidden_size", None), ("vocab_size", "97"), ("rms_norm_eps", -1),
@@ -242,7 +243,7 @@ def test_unsupported_config_is_refused(key, value):
     """Guards silently wrong networks: the message has the key (or the part of it) and the value."""
     raw = raw_config("qwen2") | {key: value}
     part = {"rope_scaling": "rope_type|low_freq_factor|mrope_section",
-            "rope_parameters": "rope_type"}
+            "rope_parameters": "rope_type|full_attention"}
     with pytest.raises(BadInput, match=part.get(key, key)) as error:
         Config(raw, "some/config.json")
     assert str(error.value).startswith("some/config.json: ")
