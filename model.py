@@ -50,8 +50,7 @@ ONLY = {  # keys of config.json that change the computation, with the values imp
     "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
     "attention_dropout": (0,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,), "mrope_section": (), "full_attention": (), "auto_map": (),
-    "quantization_config": ()}
+    "quantization_config": (), "auto_map": (), "mrope_section": (), "full_attention": ()}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
