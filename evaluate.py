@@ -97,7 +97,8 @@ def answers(model: Transformer, tokenizer: Tokenizer, problems: list[dict], samp
                              [(seed, i, k) for i, k in batch], top_p,
                              vocab_size=tokenizer.vocab_size)
         for (i, k), (ids, logp) in zip(batch, drawn, strict=True):
-            text, finished = tokenizer.decode(ids), ids[-1] in model.eos_token_ids
+            finished = ids[-1] in model.eos_token_ids
+            text = tokenizer.decode(ids[:-1] if finished else ids)
             gradable = text if finished else last_boxed(text) and text
             record = {**problems[i], "sample": k, "response": text, "finished": finished,
                       "extracted": extract_answer(text), "temperature": temperature,

@@ -91,6 +91,18 @@ def test_verdicts_and_summary(toy_model):
     assert twice["standard_error"] == got["standard_error"] and twice["samples"] == 2
 
 
+def test_any_eos_ends_an_answer(toy_model):
+    """Guards "#### 5<|endoftext|>" being graded as text, and traces that say another end than the
+    one that was sampled: base models end with either of two tokens."""
+    model, tokenizer = data.load(toy_model)
+    other, ids = tokenizer.vocab["<user>"], tokenizer.encode("f=5 #### 5")
+    model.eos_token_ids = [tokenizer.end, other]
+    model.sample = lambda prompts, *_, **__: [([*ids, other], [-1.0] * 4) for _ in prompts]
+    record, = evaluate.answers(model, tokenizer, [{"id": 1, "prompt": "1 a+2", "answer": "5"}])
+    assert record["response"] == "f=5 #### 5" and record["correct"] and record["finished"]
+    assert data.encode(record, tokenizer, "line 1").tokens[-4:].tolist() == [*ids, other]
+
+
 def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
     """Guards the three commands: evaluate a teacher, train on its file, evaluate the student. The
     records load with their log-probabilities, those of the model over the sampled tokens."""
