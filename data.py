@@ -181,6 +181,7 @@ def encode(record: dict, tokenizer: Tokenizer, where: str, teacher: bool = False
     turns, response = conversation(record, where)
     prompt, p_logp = tokenizer.prompt(turns), record.get("teacher_logprobs") if teacher else None
     ids = record.get("tokens") or [*tokenizer.encode(response), tokenizer.end]
+    check(prompt, f"{where}: the prompt becomes no token at all, so nothing predicts the response")
     check(all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids),
           f"{where}: tokens: not ids of the tokenizer in {tokenizer.folder}")
     if teacher:
@@ -232,8 +233,7 @@ def collate(examples: list[Example]) -> Batch:
     """The one shift: position t predicts token t + 1. The one mask: `rows`, made from lengths, so a
     padding id that is also the EOS harms nothing. The end-of-turn token is supervised."""
     T = max(len(example.tokens) for example in examples) - 1
-    tokens = np.zeros((len(examples), T), dtype=np.int64)
-    rows = []
+    tokens, rows = np.zeros((len(examples), T), dtype=np.int64), []
     for b, example in enumerate(examples):
         tokens[b, :len(example.tokens) - 1] = example.tokens[:-1]
         rows.append(b * T + np.arange(example.prompt - 1, len(example.tokens) - 1))

@@ -225,6 +225,15 @@ def test_broken_traces_are_named(toy_model, tmp_path, line, named):
         data.load_traces(file, data.Tokenizer(toy_model), 64, teacher=True)
 
 
+def test_a_prompt_without_tokens_is_named(toy_model, tmp_path):
+    """Guards a response whose first token would be predicted from position -1, the end."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content }} <end>{% endfor %}")
+    with pytest.raises(BadInput, match="line 1: the prompt becomes no token"):
+        data.encode(GOOD, data.Tokenizer(tmp_path / "m"), "t.jsonl line 1")
+
+
 def test_missing_and_empty_files_are_named(toy_model, tmp_path):
     tokenizer = data.Tokenizer(toy_model)
     with pytest.raises(BadInput, match=r"absent\.jsonl: cannot be read: No such file"):
