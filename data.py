@@ -265,8 +265,9 @@ def step_batches(examples: list[Example], step: int, batch_size: int, grad_accum
 def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     """The text of one trace, its supervised tokens in green, or in [brackets]."""
     left, right = ("\033[32m", "\033[0m") if color else ("[", "]")
-    text = [tokenizer.backend.decode([i], skip_special_tokens=False) for i in example.tokens]
-    return "".join(text[:example.prompt] + [left + t + right for t in text[example.prompt:]])
+    prompt, *response = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in
+                         (example.tokens[:example.prompt], *example.tokens[example.prompt:, None])]
+    return prompt + "".join(left + token + right for token in response)
 
 
 @torch.no_grad()
@@ -417,4 +418,4 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit("error: " + " ".join(str(error).split())) from None

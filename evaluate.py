@@ -206,4 +206,4 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit("error: " + " ".join(str(error).split())) from None

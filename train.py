@@ -287,4 +287,4 @@ if __name__ == "__main__":
     try:
         train(options) if options.student else toy(options)
     except BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit("error: " + " ".join(str(error).split())) from None

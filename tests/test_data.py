@@ -153,6 +153,15 @@ def test_batch_supervises_the_response_and_nothing_else(toy_model):
     assert len(batch.rows.unique()) == len(batch.rows)
 
 
+def test_the_sample_that_is_shown(toy_model):
+    """Guards a picture of the mask that is not the mask."""
+    tokenizer = data.Tokenizer(toy_model)
+    example = data.encode(GOOD, tokenizer, "line 1")
+    assert data.show(example, tokenizer, color=False) == (
+        "<user> 7 a+3 b*4 <assistant>[a=0][b=0][####][0][<end>]")
+    assert data.show(example, tokenizer, color=True).count("\033[32m") == 5
+
+
 def test_order_of_traces(toy_model):
     """Guards epochs that skip or repeat traces, one order for all epochs, and a step whose traces
     depend on how it is cut into micro-batches."""

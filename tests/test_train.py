@@ -4,6 +4,9 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +389,17 @@ def test_gsm8k(shared, tmp_path):
     with torch.no_grad():
         difference = (theirs(tokens).logits - ours.logits(ours(tokens))).abs().max()
     assert theirs.config.vocab_size == 151936 and difference < 1e-4
+
+
+def test_errors_of_the_command_line_are_one_line(tmp_path, traces):
+    """Guards tracebacks and multi-line messages of the Hub's client for a mistyped name."""
+    for script, argv in (("train.py", ["--student", "nobody/none", "--traces", str(traces), "--out",
+                                       str(tmp_path / "run")]),
+                         ("evaluate.py", ["accuracy", "--model", "nobody/none", "--benchmark",
+                                          str(traces)]),
+                         ("data.py", ["score", "--traces", str(traces), "--teacher", "nobody/none",
+                                      "--out", str(tmp_path / "x")])):
+        done = subprocess.run([sys.executable, str(Path(train.__file__).with_name(script)), *argv],
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: nobody/none: not a folder, nor on the Hub")
