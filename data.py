@@ -301,9 +301,8 @@ def score(args: argparse.Namespace) -> None:
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     """The whole file or nothing: it is written beside and then moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
