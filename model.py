@@ -1,7 +1,7 @@
 """A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders.
 
 One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
-head size, a tied head. Parameters carry HF's names: what we save opens in transformers and vLLM.
+head size, a tied head. Parameters carry HF's names, so that transformers opens what we save.
 Letters in all files: B sequences, T tokens, D hidden, H query and K key/value heads, Dh head size,
 V vocabulary, N supervised tokens. Papers: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388.
 """
