@@ -346,8 +346,8 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
                   for _ in LETTERS]
     prompt = " ".join([str(value), *map("".join, zip(LETTERS, operations, strict=True))])
     values, written = [], []
-    for sign, k in ((sign, int(k)) for sign, k in operations):
-        value = (value + k if sign == "+" else value - k if sign == "-" else value * k) % 10
+    for sign, k in operations:
+        value = {"+": value + int(k), "-": value - int(k), "*": value * int(k)}[sign] % 10
         values.append(value)
     while step < len(LETTERS):
         step += step + 1 < len(LETTERS) and rng.random() < skip

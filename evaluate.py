@@ -157,25 +157,23 @@ def accuracy(args: argparse.Namespace) -> None:
           f"{args.max_new_tokens}; {peak_memory_gb(args.device):.2f} GB, commit {commit()})")
 
 
-def table(models: dict[str, Path], problems: Path, device: str = "cpu") -> list[dict]:
+def table(models: dict[str, Path], problems: Path, device: str = "cpu") -> None:
     """Prints models side by side: accuracy greedy and sampled at temperature 1 with its standard
     error, the answers' mean length, and the seconds that the training took."""
-    rows, held_out = [], load_problems(problems)
+    held_out = load_problems(problems)
+    lines = [f"\n{len(held_out)} problems of {problems}, accuracy +- standard error",
+             f"{'':16}{'greedy':>16}{'sampled, T=1':>16}{'mean length':>13}{'training':>10}"]
     for name, folder in models.items():
         model, tokenizer = load(folder, device=device)
         greedy, sampled = (summarise(answers(model, tokenizer, held_out, temperature=temperature,
                                              max_new_tokens=64, batch_size=500))
                            for temperature in (0.0, 1.0))
-        rows.append({"name": name, "greedy": greedy, "sampled": sampled,
-                     "seconds": read_json(folder / "run.json")["seconds"]})
-    print(f"\n{len(held_out)} problems of {problems}, accuracy +- standard error\n"
-          f"{'':16}{'greedy':>16}{'sampled, T=1':>16}{'mean length':>13}{'training':>10}")
-    for row in rows:
-        marks = [f"{row[key]['accuracy']:.3f} +- {row[key]['standard_error']:.3f}"
-                 for key in ("greedy", "sampled")]
-        print(f"{row['name']:16}{marks[0]:>16}{marks[1]:>16}{row['sampled']['mean_tokens']:13.1f}"
-              f"{row['seconds']:8.0f} s")
-    return rows
+        marks = [f"{got['accuracy']:.3f} +- {got['standard_error']:.3f}"
+                 for got in (greedy, sampled)]
+        seconds = read_json(folder / "run.json")["seconds"]
+        lines.append(f"{name:16}{marks[0]:>16}{marks[1]:>16}{sampled['mean_tokens']:13.1f}"
+                     f"{seconds:8.0f} s")
+    print("\n".join(lines))
 
 
 def main(argv: list[str] | None = None) -> None:

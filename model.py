@@ -120,7 +120,7 @@ class Attention(nn.Module):
         D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
         H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.q_proj = nn.Linear(D, H * Dh, bias=bias or qwen2)
-        self.k_proj, self.v_proj = (nn.Linear(D, K * Dh, bias=bias or qwen2) for _ in "kv")
+        self.k_proj, self.v_proj = (nn.Linear(D, K * Dh, bias=bias or qwen2) for _ in range(2))
         self.o_proj = nn.Linear(H * Dh, D, bias=bias and not qwen2)
         norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
@@ -141,7 +141,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in "gu")
+        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

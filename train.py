@@ -224,9 +224,9 @@ def train(args: argparse.Namespace) -> dict:
         if done % args.log_every and not save and done < args.steps:
             continue
         rows = torch.stack([row for row, _ in pending]).tolist()  # the interval's only wait
-        for step, row, (_, ids) in zip(range(done - len(rows), done), rows, pending, strict=True):
+        for i, (row, (_, ids)) in enumerate(zip(rows, pending, strict=True), done - len(rows)):
             check(all(map(math.isfinite, row)), f"{out}: loss or gradient is not finite at step "
-                  f"{step + 1}, traces {', '.join(ids)}: lower --lr? The last checkpoint is good")
+                  f"{i + 1}, traces {', '.join(ids)}: lower --lr? The last checkpoint is good")
         total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
