@@ -17,7 +17,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -117,12 +117,13 @@ class Tokenizer:
         return self.backend.encode(messages[0]["content"]).ids
 
 
-def load(path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
+def load(path_or_repo: str | Path, dtype: str = "float32",
          device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model with its tokenizer; it will also stop at the end of turn of the chat template, which
     a base model's config does not name (Qwen2.5: <|endoftext|>, but <|im_end|> in the template)."""
+    check(dtype in ("float32", "bfloat16"), f"--dtype {dtype}: must be float32 or bfloat16")
     tokenizer = Tokenizer(path_or_repo)
-    model = Transformer.from_pretrained(tokenizer.folder, dtype, device)
+    model = Transformer.from_pretrained(tokenizer.folder, getattr(torch, dtype), device)
     check(tokenizer.vocab_size <= model.config.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
           f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, the model only "
           f"{model.config.vocab_size} rows; is it another model's tokenizer?")
@@ -281,7 +282,7 @@ def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int 
 
 def score(args: argparse.Namespace) -> None:
     """Adds a local teacher's log-probabilities to traces; JSONL in, JSONL out, the same order."""
-    teacher, tokenizer = load(args.teacher, getattr(torch, args.dtype), args.device)
+    teacher, tokenizer = load(args.teacher, args.dtype, args.device)
     records = list(read_jsonl(args.traces))
     examples = [encode(record, tokenizer, where) for where, record in records]
     fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
@@ -396,25 +397,48 @@ def build_toy(root: Path, seed: int) -> None:
             write_jsonl(file, ({"id": i, **toy_trace(rng, **kind)} for i in range(count)))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("score", help=score.__doc__, allow_abbrev=False)
-    command.set_defaults(run=score)
-    add = command.add_argument
-    add("--traces", required=True, metavar="IN.jsonl", help="traces to score")
-    add("--teacher", required=True, help="HF folder or Hub name, with its tokenizer")
-    add("--out", required=True, metavar="OUT.jsonl", help="the same traces with teacher_logprobs")
-    add("--batch-size", type=int, default=16, help="traces at a time")
-    add("--max-length", type=int, default=4096, help="longer traces are left out (tokens)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the teacher")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+MODEL_OPTIONS = {"--dtype": ("float32", "or bfloat16: of the model"),
+                 "--device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")}
+
+
+def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | None) -> None:
+    """`python FILE.py FUNCTION --options`: docstrings are the help, and {"--name": (default, help)}
+    says it all. A type as default makes an option required; without dashes it is nargs."""
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, options in commands.items():
+        command = subparsers.add_parser(function.__name__, help=function.__doc__,
+                                        description=function.__doc__, allow_abbrev=False)
+        command.set_defaults(run=function)
+        for name, (default, text) in options.items():
+            if not name.startswith("-"):
+                command.add_argument(name, nargs=default, help=text)
+            elif isinstance(default, type):
+                command.add_argument(name, type=default, required=True, help=text)
+            elif default is False:
+                command.add_argument(name, action="store_true", help=text)
+            else:
+                command.add_argument(name, type=type(default), default=default,
+                                     help=f"{text} (default: {default or 'none'})")
     args = parser.parse_args(argv)
     args.run(args)
 
 
-if __name__ == "__main__":
+def one_line_errors(main: Callable, *args) -> None:
     try:
-        main()
+        main(*args)
     except BadInput as error:
         raise SystemExit("error: " + " ".join(str(error).split())) from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line(__doc__.splitlines()[0], {score: {
+        "--traces": (str, "IN.jsonl: traces to score"),
+        "--teacher": (str, "HF folder or Hub name, with its tokenizer"),
+        "--out": (str, "OUT.jsonl: the same traces with teacher_logprobs"),
+        "--batch-size": (16, "traces at a time"),
+        "--max-length": (4096, "longer traces are left out (tokens)"), **MODEL_OPTIONS}}, argv)
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

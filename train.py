@@ -9,6 +9,7 @@ log.jsonl (the log lines). After an interruption, the same command with --resume
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import loss
-from model import BadInput, Transformer, check, read_json
+from model import Transformer, check, read_json
 
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
@@ -163,7 +164,7 @@ def train(args: argparse.Namespace) -> dict:
     checkpoint, teacher = last_checkpoint(out), None
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
     if args.teacher:
-        teacher, other = data.load(args.teacher, getattr(torch, args.dtype), args.device)
+        teacher, other = data.load(args.teacher, args.dtype, args.device)
         teacher.requires_grad_(False)
         check(other.vocab == tokenizer.vocab, f"vocabulary mismatch: {args.teacher} and "
               f"{args.student} have different tokenizers, so p and q are not of the same tokens")
@@ -265,26 +266,26 @@ def toy(args: argparse.Namespace) -> None:
         "--student {home}/blank-student --traces {home}/lessons.jsonl --out {home}/student "
         "--objective sft --steps 300 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
     # the teacher answers the training problems: its right answers are the traces
-    if not (home / "traces.jsonl").exists():
-        evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl "
-            "--temperature 1 --seed {seed} --max-new-tokens 12 --batch-size 500 --device {device} "
-            "--out {home}/traces.jsonl"))
+    evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl --seed "
+        "{seed} --temperature 1 --max-new-tokens 12 --batch-size 500 --device {device} --resume "
+        "--out {home}/traces.jsonl"))
     # the student learns from them, by plain imitation and by the chosen objective
-    models = {"teacher": root / "teacher", "student before": home / "student"}
+    runs = [root / "teacher", home / "student"]
     for name in dict.fromkeys(("sft", args.objective)):
         knobs = " --lr {lr} --steps {steps}" + " --tau {tau} --beta {beta}" * (name != "sft")
-        models[name] = home / "-".join([name, *words(knobs)[1::2]])
+        runs.append(home / "-".join([name, *words(knobs)[1::2]]))
         knobs += " --teacher {root}/teacher" * (loss.split_name(name)[0] != "sft")
         train(parse_args(words(
             "--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
             "--grad-accum {grad_accum} --seed {seed}" + knobs + more +
-            f" --objective {name} --out {{home}}/{models[name].name}")))
-    evaluate.table(models, root / "held-out.jsonl", args.device)
+            f" --objective {name} --out {runs[-1]}")))
+    # and all of them answer problems that none has seen
+    for run, temperature in itertools.product(runs, (0, 1)):
+        evaluate.main(words(f"accuracy --model {run} --temperature {temperature} --resume --device "
+            "{device} --benchmark {root}/held-out.jsonl --max-new-tokens 64 --batch-size 500"))
+    evaluate.main(["report", *map(str, runs)])
 
 
 if __name__ == "__main__":
     options = parse_args()
-    try:
-        train(options) if options.student else toy(options)
-    except BadInput as error:
-        raise SystemExit("error: " + " ".join(str(error).split())) from None
+    data.one_line_errors(train if options.student else toy, options)
