@@ -239,11 +239,10 @@ def collate(examples: list[Example]) -> Batch:
         tokens[b, :len(example.tokens) - 1] = example.tokens[:-1]
         rows.append(b * T + np.arange(example.prompt - 1, len(example.tokens) - 1))
     y = np.concatenate([example.tokens[example.prompt:] for example in examples])
-    p_logp = None
-    if all(example.p_logp is not None for example in examples):
-        p_logp = torch.from_numpy(np.concatenate([example.p_logp for example in examples]))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(np.concatenate(rows)),
-                 torch.from_numpy(y.astype(np.int64)), p_logp, [e.id for e in examples])
+    known = all(example.p_logp is not None for example in examples)
+    p_logp = np.concatenate([example.p_logp for example in examples]) if known else None
+    return Batch(*(x if x is None else torch.from_numpy(x) for x in (
+        tokens, np.concatenate(rows), y.astype(np.int64), p_logp)), [e.id for e in examples])
 
 
 @lru_cache(maxsize=2)
@@ -321,8 +320,7 @@ def load_problems(path: str | Path) -> list[dict]:
             "prompt": text_field(record, ("prompt", "question", "problem"), where),
             "answer": text_field(record, ("answer", "final_answer", "expected_answer",
                                           "solution"), where)})
-    if not problems:
-        raise BadInput(f"{path}: the file is empty")
+    check(problems, f"{path}: the file is empty")
     return problems
 
 
@@ -402,24 +400,22 @@ MODEL_OPTIONS = {"--dtype": ("float32", "or bfloat16: of the model"),
 
 
 def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | None) -> None:
-    """`python FILE.py FUNCTION --options`: docstrings are the help, and {"--name": (default, help)}
-    says it all. A type as default makes an option required; without dashes it is nargs."""
+    """`python FILE.py FUNCTION --options`, from {function: {option: (default, help)}}; docstrings
+    are help, too. A type instead of a default: required. Without dashes: how many there are."""
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, options in commands.items():
-        command = subparsers.add_parser(function.__name__, help=function.__doc__,
-                                        description=function.__doc__, allow_abbrev=False)
+        command = subparsers.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__,
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=function)
         for name, (default, text) in options.items():
-            if not name.startswith("-"):
-                command.add_argument(name, nargs=default, help=text)
-            elif isinstance(default, type):
-                command.add_argument(name, type=default, required=True, help=text)
+            kind = {"type": type(default), "default": default}
+            if isinstance(default, type):
+                kind = {"type": default, "required": True}
             elif default is False:
-                command.add_argument(name, action="store_true", help=text)
-            else:
-                command.add_argument(name, type=type(default), default=default,
-                                     help=f"{text} (default: {default or 'none'})")
+                kind = {"action": "store_true"}
+            command.add_argument(name, help=text, **kind if name[0] == "-" else {"nargs": default})
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -64,6 +64,7 @@ FUNCTIONS |= {"arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, 
               "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
               "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "infinity": math.inf}
+NO_WORD = f"(?:{'|'.join([*FUNCTIONS, *CONSTANTS, 'sqrt', 'and', 'or'])})(?![a-zA-Z])"
 SPELLING = {old: new for new, spellings in {
     "\\le": r"\leq \leqslant <= ≤", "\\ge": r"\geq \geqslant >= ≥", "\\ne": r"\neq != ≠",
     "<": r"\lt", ">": r"\gt", "*": r"\cdot \times × ·", "/": r"\div ÷ :", "-": "− –", "%": r"\% "
@@ -82,17 +83,18 @@ CLEAN = [(re.compile(old), new) for old, new in (
     (r"\\overline\{([0-9]+)\}", r"\1" * 12),
     (rf"(?<=[0-9}})%])\s*(?:{TEXT}\{{(?!\s*(?:and|or|per))[^{{}}]{{2,}}\}}|"  # \text{ cm}^2
      r"\\(?:text|mbox)\s*\{.\})(\s*\^\s*\{?[23]\}?)?", ""),
-    (rf"{TEXT}\{{([^{{}}]*)\}}|{TEXT}", r" \1 "), (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
+    (rf"{TEXT}\{{([^{{}}]*)\}}|{TEXT}", r" \1 "),
+    (rf"(?<=[0-9}})%])(?:\s+(?!{NO_WORD})[a-zA-Z]{{3,}}|\s*(?:[cmk]m|kg|ft)(?![a-zA-Z]))"
+     r"[a-zA-Z /.]*(?:\^\{?[23]\}?)?(?=\s*(?:[;,]|and|or|$))", ""),  # 18 square feet
+    (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
     (r"(?<![0-9.}^_])([0-9]+)\s*(?:\s([0-9]+)/([0-9]+)|\\frac\{([0-9]+)\}\{([0-9]+)\})",
      r"(\1+\2\4/\3\5)"), (r"(\^\s*(?:\{[^{}]*\}|\w))\s*(_\s*(?:\{[^{}]*\}|\w))", r"\2\1"),  # v^2_0
     (r"(\w)\s*\([^()=]*,[^()=]*\)\s*=", r"\1="), (r"\s+", " "),  # f(x, y) =
     (r"^[\s,;:\"*]+|[\s,.;:\"*]+$", ""))]
 COMMAS = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9,])|[0-9]+,[0-9]{2}(?![0-9,])|"
-LEXEME = (r"\\(?:begin|end)\{\w+\}|or(?![a-z])|[cmk]m|kg|ft|"
+LEXEME = (r"\\(?:begin|end)\{\w+\}|or(?![a-z])|"
           r"(?:\\[a-zA-Z]+|pi|ln|[a-zA-Z]{3,}|[a-zA-Z])(?:\s*_\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\w))?'*|"
           r"[0-9]+_\{?[0-9]+\}?|[0-9]+\.?[0-9]*|\.[0-9]+|[<>!]=|\\.|\S")
-KNOWN = "|".join([*FUNCTIONS, *CONSTANTS, "sqrt"])
-UNIT = re.compile(rf"(?!(?:{KNOWN})$)[a-zA-Z]{{3,}}|[cmk]m|kg|ft")
 CLOSING = {"": [""], "(": ")]", "[": ")]", "{": "}", "\\{": ["\\}"], "|": ["|)"],
            "\\begin": ["\\end"]}
 TURNED = {">": "<", "\\ge": "\\le"}
@@ -180,6 +182,8 @@ class Reader:
             return Answer("[]", [Answer("[]", row) for row in rows])
         if len(items) == 1:
             return apply(abs, items[0]) if opening == "|" else items[0]
+        if items and not opening and all(same(items[0], item) for item in items[1:]):
+            return items[0]  # one answer in several spellings
         if kind[:1] in ("(", "[") and (kind != "[]" or len(items) == 2):
             return Answer(kind, items, name=together([item.name for item in items]))
         if len(rows) > 1 and {len(row) for row in rows} == {len(rows[0])} != {1}:
@@ -204,8 +208,6 @@ class Reader:
             sign = self.take(*OPERATIONS)
             if binds == 5:
                 left = replace(apply(operation, left), percent=sign == "%")
-            elif UNIT.fullmatch(self.rest[-1]):
-                self.rest.pop()
             else:
                 left = apply(operation, left, self.value(binds))
         return left
@@ -340,8 +342,7 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$((?:\\\$|[^$\
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
 BETWEEN = re.compile(r"(?:[\s,;$.&+{}()\[\]\\]|q?quad|text|and|or)*")
 STATED = re.compile(r"(?i)(final )?answer(?: is\b|:)[:*\s]*|####")
-WORD = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{KNOWN}|and|or)(?![a-z]))"
-                  r"[a-zA-Z]{2}(?:[a-zA-Z]| [a-z]{2})")
+WORD = re.compile(rf"(?<![a-zA-Z0-9\\])(?!{NO_WORD})[a-zA-Z]{{2}}(?:[a-zA-Z]| [a-z]{{2}})")
 
 
 def extract_answer(text: str, gold: bool = False) -> str:
@@ -499,7 +500,7 @@ def accuracy(args: argparse.Namespace) -> None:
     check(len(order) == len(problems), f"{args.benchmark}: some problems have the same id")
     setup = {key: vars(args)[key] for key in ("model", "benchmark", "temperature", "top_p",
                                               "max_new_tokens", "seed", "dtype")}
-    setup["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+    setup["problems_sha256"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     home = Path(args.model) if Path(args.model).is_dir() else Path("answers", Path(args.model).name)
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     out = Path(args.out or home / f"{Path(args.benchmark).stem}-{decoding}.jsonl")

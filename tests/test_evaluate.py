@@ -51,7 +51,8 @@ CASES = {
         (r"3\sqrt{2}\text{ inches}", r"3\sqrt2", 1), (r"8\sqrt{3} \text { square inches}",
                                                      r"8\sqrt{3}", 1)],
     "tuple, interval": [
-        ("(1, 2)", "(1,2)", 1), ("(1,2)", "(2,1)", 0), ("[1,2]", "(1,2)", 0), ("[0,9)", "[0,1)", 0),
+        ("(1, 2)", "(1,2)", 1), ("(1,2)", "(2,1)", 0), ("(1,1)", "1", 0),
+        ("[1,2]", "(1,2)", 0), ("[0,9)", "[0,1)", 0),
         ("1,3", "(1,3)", 1), ("(1,4.5)", r"(1,\frac{9}{2})", 1), ("(1,200)", "(1, 200)", 1),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", 1), ("1", "-[0,1)", 0),
         (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)", 1),
@@ -97,7 +98,9 @@ CASES = {
         (r"\tan^2 x + 1", r"\sec^2 x", 1), (r"\sin^2 x", r"\sin x^2", 0),
         ("e^{x}e^{y}", "e^{x+y}", 1),
         (r"\log_2 8", "3", 1), (r"\sin^{-1}(1)", r"\frac{\pi}{2}", 1), ("n!", "n(n-1)!", 1),
-        ("xy", "yx", 1), ("a_1", "a_2", 0), ("a_{1}", "a_1", 1), ("v^2_0", "v_0^2", 1),
+        ("xy", "yx", 1),
+        ("2xyz", "2", 0), ("2", "2xyz", 0), ("2xyz", "2xyz", 1), ("a_1", "a_2", 0),
+        ("a_{1}", "a_1", 1), ("v^2_0", "v_0^2", 1),
         ("(1+i)^2", "2i", 1), (r"\frac{x}{2}", r"\frac{2}{x}", 0), ("2^{x}", "x^{2}", 0),
         (r"\frac{1}{x+1}+\frac{1}{x-1}", r"\frac{2x}{x^2-1}", 1), ("x", "y", 0),
         (r"16/3 \pi", r"\frac{16\pi}{3}", 1), ("10^{10}", "10^{10^{10^{10}}}", 0)]}
@@ -118,6 +121,7 @@ def test_grading(kind):
     ("#### 12", "13", False), ("#### 4 and then \\boxed{5}", "4", False), ("", "", False),
     (r"\boxed{1} or rather \boxed{2}", "2", True), (r"\boxed{1} or rather \boxed{2}", "1", False),
     (r"\boxed{1} and $\boxed{2}$", "1, 2", True), (r"$\boxed{5}$ $\boxed{5}$", "5", True),
+    (r"$\boxed{15\frac{39}{40}}$ or $\boxed{\frac{639}{40}}$", "15.975", True),
     (r"\boxed{200} at first. Final Answer: The final answer is $10,455$.", "10455", True),
     (r"\boxed{\text{a \{ b}} then \boxed{7}", "7", True), ("The answer is $18.00.", "18", True),
     ("The answer is therefore 18 of 20.", "18", True), ("it costs 3 dollars", "3", True),
