@@ -27,21 +27,8 @@ import torch
 from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
+import data
 import loss
-from data import (
-    MODEL_OPTIONS,
-    Example,
-    Tokenizer,
-    collate,
-    command_line,
-    load,
-    load_problems,
-    load_traces,
-    one_line_errors,
-    read_jsonl,
-    response_logp,
-    write_jsonl,
-)
 from model import BadInput, Transformer, check, read_json
 
 # ---- Grading. The policy, all of it:
@@ -399,7 +386,7 @@ def is_correct(prediction: str, gold: str) -> bool:
     return False
 
 
-def answers(model: Transformer, tokenizer: Tokenizer, problems: list[dict], samples: int = 1,
+def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict], samples: int = 1,
             temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
             batch_size: int = 64, seed: int = 0, done: Collection = ()) -> Iterator[dict]:
     """Trace records (see data.py) with verdicts, of all (problem's id, sample) that are not `done`.
@@ -436,7 +423,7 @@ def answers(model: Transformer, tokenizer: Tokenizer, problems: list[dict], samp
 
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
-    lines = list(read_jsonl(path))
+    lines = list(data.read_jsonl(path))
     for where, record in lines:
         missing = {"id", "correct", "finished", "setup", "teacher_logprobs"} - record.keys()
         check(not missing, f"{where}: no {', '.join(sorted(missing))}; this should be a file that "
@@ -495,7 +482,7 @@ def accuracy(args: argparse.Namespace) -> None:
     """Answers a benchmark, grades the answers, keeps a record of each, prints their accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature above 0: "
           "greedy answers are all alike")
-    problems = load_problems(args.benchmark)[:args.limit or None]
+    problems = data.load_problems(args.benchmark)[:args.limit or None]
     order = {str(problem["id"]): i for i, problem in enumerate(problems)}
     check(len(order) == len(problems), f"{args.benchmark}: some problems have the same id")
     setup = {key: vars(args)[key] for key in ("model", "benchmark", "temperature", "top_p",
@@ -518,7 +505,7 @@ def accuracy(args: argparse.Namespace) -> None:
               f"{records[0]['setup'].get(key)}, is now {value}; choose another --out")
     done = {(str(record["id"]), record["sample"]) for record in records}
     if len(done) < len(problems) * args.samples:
-        model, tokenizer = load(args.model, args.dtype, args.device)
+        model, tokenizer = data.load(args.model, args.dtype, args.device)
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a", encoding="utf-8") as file:
             for record in answers(model, tokenizer, problems, args.samples, args.temperature,
@@ -526,7 +513,7 @@ def accuracy(args: argparse.Namespace) -> None:
                                   done):
                 records.append({**record, "setup": setup})
                 print(json.dumps(records[-1], ensure_ascii=False), file=file, flush=True)
-    write_jsonl(out, sorted(records, key=lambda r: (order[str(r["id"])], r["sample"])))
+    data.write_jsonl(out, sorted(records, key=lambda r: (order[str(r["id"])], r["sample"])))
     part.unlink(missing_ok=True)
     print(f"{describe(records)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
 
@@ -558,12 +545,13 @@ def drift(author: Transformer, teacher: Transformer, student: Transformer, promp
         some = prompts[start:start + args.batch_size]
         drawn = author.sample(some, args.max_new_tokens, 1.0, [
             (args.seed, start + i) for i in range(len(some))], vocab_size=vocab_size)
-        batch = collate([Example("", np.array(prompt + ids), len(prompt), None) for prompt, (ids, _)
-                         in zip(some, drawn, strict=True)]).to(args.device)
-        p, q = ([model(batch.tokens).flatten(0, 1)[batch.rows].split(256), model.logits]
-                for model in (teacher, student))
-        kl = torch.cat([loss.kl(q[1](q_rows)[:, :vocab_size], p[1](p_rows)[:, :vocab_size])
-                        for p_rows, q_rows in zip(p[0], q[0], strict=True)])
+        batch = data.collate([data.Example("", np.array(prompt + ids), len(prompt), None)
+                              for prompt, (ids, _) in zip(some, drawn, strict=True)])
+        batch = batch.to(args.device)
+        p, q = (model(batch.tokens).flatten(0, 1)[batch.rows] for model in (teacher, student))
+        kl = torch.cat([loss.kl(student.logits(q_rows)[:, :vocab_size],  # V is wide: some at a time
+                                teacher.logits(p_rows)[:, :vocab_size])
+                        for p_rows, q_rows in zip(p.split(256), q.split(256), strict=True)])
         check(kl.isfinite().all(), "exposure: logits are not finite; try --dtype float32")
         for row, values in enumerate(kl.cpu().split([len(ids) for ids, _ in drawn]), start):
             found[row, :len(values)] = values
@@ -601,18 +589,19 @@ def pyplot():
 def exposure(args: argparse.Namespace) -> None:
     """ExAccErr: how much more a student errs on its own prefixes than on those of the teacher."""
     plot = args.plot and pyplot()
-    (teacher, other), (student, tokenizer) = (load(name, args.dtype, args.device)
+    (teacher, other), (student, tokenizer) = (data.load(name, args.dtype, args.device)
                                               for name in (args.teacher, args.student))
     check(other.vocab == tokenizer.vocab, f"{args.teacher} and {args.student}: two vocabularies")
+    problems = data.load_problems(args.benchmark)[:args.limit or None]
     prompts = sorted((tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
-                      for problem in load_problems(args.benchmark)[:args.limit or None]), key=len)
+                      for problem in problems), key=len)
     shape = len(prompts), args.samples, args.max_new_tokens
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     curve = excess(*(drift(author, teacher, student, prompts, args, tokenizer.vocab_size)
                      .reshape(shape) for author in (student, teacher)))
     lines = [{"length": i + 1, **{key: round(float(values[i]), 6) for key, values in curve.items()}}
              for i in range(len(curve["R"]))]
-    write_jsonl(args.out, lines)
+    data.write_jsonl(args.out, lines)
     for line in lines[len(lines) - 1::-max(len(lines) // 8, 1)][::-1]:
         print("ExAccErr({length}) = {excess:+.2f} %  [{low:+.2f}, {high:+.2f}]; summed KL on the "
               "student's prefixes {R:.4f}, on the teacher's {epsilon:.4f}".format(**line))
@@ -655,12 +644,12 @@ def weights(args: argparse.Namespace) -> None:
     """Writes a page of traces, each token in the colour of its weight, one column a student."""
     columns = []
     for name in args.students:
-        model, tokenizer = load(name, args.dtype, args.device)
-        examples = load_traces(args.traces, tokenizer, args.max_length, True)[0][:args.limit]
+        model, tokenizer = data.load(name, args.dtype, args.device)
+        examples = data.load_traces(args.traces, tokenizer, args.max_length, True)[0][:args.limit]
         columns.append([f"<th>{html.escape(name)}</th>"])
         for example in examples:
-            batch = collate([example]).to(args.device)
-            q_logp = response_logp(model, batch, tokenizer.vocab_size)
+            batch = data.collate([example]).to(args.device)
+            q_logp = data.response_logp(model, batch, tokenizer.vocab_size)
             w, stream = loss.discord_weight(q_logp, batch.p_logp, args.tau), DecodeStream()
             spans = [token_span(stream.step(tokenizer.backend, token) or "", weight,
                                 f"student {q:.3g}, teacher {p:.3g}, weight {weight:.3f}")
@@ -683,7 +672,8 @@ def report(args: argparse.Namespace) -> None:
     are the seeds of one run: mean +- standard deviation; a single one +- standard error."""
     plot, groups, tests = args.plot and pyplot(), {}, {}
     for folder in map(Path, args.runs):
-        run, log = read_json(folder / "run.json"), list(read_jsonl(folder / "log.jsonl"))
+        run, log = read_json(folder / "run.json"), list(data.read_jsonl(folder / "log.jsonl"))
+        check("seconds" in run, f"{folder}: this run has not finished; add --resume to its command")
         got = {file.stem: summarise(read_answers(file)) for file in folder.glob("*-*.jsonl")}
         tests |= dict.fromkeys(sorted(got))
         name = re.sub(r"[-_]?seed[-_]?\d+[-_]?", "", folder.name) or folder.name
@@ -738,8 +728,8 @@ def main(argv: list[str] | None = None) -> None:
         "--limit": (0, "only the first so many problems"),
         "--max-new-tokens": (1024, "longer answers are cut off, and wrong"),
         "--batch-size": (64, "answers at a time"),
-        "--seed": (0, "each answer's seed is made from it"), **MODEL_OPTIONS}
-    command_line(__doc__.splitlines()[0], {
+        "--seed": (0, "each answer's seed is made from it"), **data.MODEL_OPTIONS}
+    data.command_line(__doc__.splitlines()[0], {
         accuracy: {
             "--model": (str, name), **answering,
             "--out": ("", "OUT.jsonl: a record of each answer; a teacher's are traces. Without it: "
@@ -759,11 +749,11 @@ def main(argv: list[str] | None = None) -> None:
             "--traces": (str, "T.jsonl, with teacher_logprobs"),
             "--out": (str, "PAGE.html: opens in any browser, needs nothing else"),
             "--tau": (loss.TAU, "temperature of the weight"), "--limit": (10, "how many traces"),
-            "--max-length": (4096, "longer traces are left out (tokens)"), **MODEL_OPTIONS},
+            "--max-length": (4096, "longer traces are left out (tokens)"), **data.MODEL_OPTIONS},
         report: {
             "runs": ("+", "folders of train.py, with the answers that `accuracy` put there"),
             "--plot": ("", "REPORT.png: draw the curves, too (needs matplotlib)")}}, argv)
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    data.one_line_errors(main)
