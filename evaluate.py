@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial, reduce
 from operator import add, mul, sub, truediv
 from pathlib import Path
 
@@ -63,7 +64,7 @@ CLEAN = [(re.compile(old), new) for old, new in (
     (r"(?<!\\)\\\\(?=[a-zA-Z]{2})", r"\\"),  # a backslash that JSON doubled
     (r",\\!\s*|(?<=[0-9])\{,\}(?=[0-9]{3})", ""),  # 10{,}000
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-z]{2})\.?|\\?\$|[€£\u200b~`]|"
-     r"\\[!,;: \[\]()\"]|\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\bdegrees?\b", " "),
+     r"(?<!\\)\\[!,;: \[\]()\"]|\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\bdegrees?\b", " "),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])", r"\\frac{\1}"),  # \frac12
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
     ("²", "^2"), ("³", "^3"), ("½", r"\\frac{1}{2}"), ("±", r"\\pm "),
@@ -110,7 +111,12 @@ def together(names: list[str]) -> str:
 
 
 def apply(function: Callable, *sides: Answer) -> Answer:
-    """At each point. A product of names is a name, and so is a ratio."""
+    """At each point. A product of names is a name, and so is a ratio; matrices are multiplied."""
+    if function is mul and sides[0].kind == sides[1].kind == "[]":
+        columns = list(zip(*(row.items for row in sides[1].items), strict=True))
+        return Answer("[]", [Answer("[]", [
+            reduce(partial(apply, add), map(partial(apply, mul), row.items, column))
+            for column in columns]) for row in sides[0].items])
     values = [function(*point) for point in zip(*(side.values for side in sides), strict=True)]
     named = function in (mul, truediv)
     return Answer(values=values, name=together([named and side.name for side in sides]))

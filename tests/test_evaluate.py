@@ -86,6 +86,8 @@ CASES = {
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}", 1),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0),
         (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 0),
+        (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix} \begin{pmatrix}5\\6\end{pmatrix}",
+         r"\begin{pmatrix}17\\39\end{pmatrix}", 1), ("[1,2][3,4]", "11", 0),
         ("101_2", "5", 1), ("101", "101_2", 0), (r"2516_{8}", "2516_8", 1), ("7:32", "14:64", 1),
         ("3:4", "4:3", 0), ("12:00", "12:00", 1), ("12:30", "12:31", 0)],
     "text, choice": [
