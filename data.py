@@ -15,6 +15,7 @@ record with a false `correct` or `finished` is left out of training, and counted
 import argparse
 import json
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -292,8 +293,8 @@ def score(args: argparse.Namespace) -> None:
         lengths = [len(examples[i].tokens) - examples[i].prompt for i in chosen]
         p_logp = response_logp(teacher, batch, tokenizer.vocab_size).cpu().split(lengths)
         for i, values in zip(chosen, p_logp, strict=True):
-            records[i][1]["teacher_logprobs"] = [round(value, 4) for value in values.tolist()]
-            records[i][1]["teacher"] = str(args.teacher)
+            records[i][1].update(teacher=str(args.teacher), teacher_logprobs=[
+                round(value, 4) for value in values.tolist()])
     write_jsonl(args.out, (records[i][1] for i in sorted(fits)))
     print(f"{args.out}: {len(fits)} traces scored, {len(records) - len(fits)} left out (longer "
           f"than {args.max_length} tokens)")
@@ -311,15 +312,14 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
 
 def load_problems(path: str | Path) -> list[dict]:
     """[{"id", "prompt", "answer"}] from a JSONL file with the usual names for these fields."""
-    problems = []
+    problems, golds = [], ("answer", "final_answer", "expected_answer", "solution")
     for where, record in read_jsonl(path):
         record = {key: str(value) if isinstance(value, int | float) else value
                   for key, value in record.items()}
         problems.append({
             "id": record.get("id", where.rpartition(" ")[2]),
             "prompt": text_field(record, ("prompt", "question", "problem"), where),
-            "answer": text_field(record, ("answer", "final_answer", "expected_answer",
-                                          "solution"), where)})
+            "answer": text_field(record, golds, where)})
     check(problems, f"{path}: the file is empty")
     return problems
 
@@ -327,27 +327,19 @@ def load_problems(path: str | Path) -> list[dict]:
 # The toy world. A problem is a digit and six operations, all modulo 10; a trace has the value after
 # each of them, and then the answer. The teacher often writes only the second value of two: a step
 # that a network of one layer cannot follow, since it needs the first value to find the second.
-LETTERS, OPERATIONS = "abcdef", [sign + str(k) for sign in "+-*" for k in (2, 3, 4)]
-TOY_TEMPLATE = ("{% for m in messages %}{{ '<user> ' + m.content + ' ' if m.role == 'user' else "
-                "'<assistant> ' + m.content + ' <end> ' }}{% endfor %}"
-                "{{ '<assistant>' if add_generation_prompt }}")
+LETTERS, SIGNS = "abcdef", {"+": operator.add, "-": operator.sub, "*": operator.mul}
+TOY_TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == "
+                "'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}")
 
 
 def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> dict:
     """One problem and how the rule solves it. `times` is the share of multiplications, `skip` the
-    probability of leaving a value out.
-
-    >>> toy_trace(random.Random(1), skip=0.6)["prompt"]
-    '2 a+3 b*3 c-2 d*2 e-3 f+4'
-    """
-    value, step = rng.randrange(10), 0
+    probability of leaving a value out."""
+    value, step, written = rng.randrange(10), 0, []
     operations = [("*" if rng.random() < times else rng.choice("+-")) + rng.choice("234")
                   for _ in LETTERS]
     prompt = " ".join([str(value), *map("".join, zip(LETTERS, operations, strict=True))])
-    values, written = [], []
-    for sign, k in operations:
-        value = {"+": value + int(k), "-": value - int(k), "*": value * int(k)}[sign] % 10
-        values.append(value)
+    values = [value := SIGNS[sign](value, int(k)) % 10 for sign, k in operations]
     while step < len(LETTERS):
         step += step + 1 < len(LETTERS) and rng.random() < skip
         written.append(f"{LETTERS[step]}={values[step]}")
@@ -359,7 +351,7 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
 def save_toy_tokenizer(folder: Path) -> int:
     """One token for each word of the toy world, as the files of a Hugging Face tokenizer."""
     words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10)),
-             *(letter + operation for letter in LETTERS for operation in OPERATIONS),
+             *(letter + sign + k for letter in LETTERS for sign in SIGNS for k in "234"),
              *(f"{letter}={value}" for letter in LETTERS for value in range(10))]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
         {word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -405,9 +397,8 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, options in commands.items():
-        command = subparsers.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__,
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = subparsers.add_parser(function.__name__, help=function.__doc__,
+                                        description=function.__doc__, allow_abbrev=False)
         command.set_defaults(run=function)
         for name, (default, text) in options.items():
             kind = {"type": type(default), "default": default}
@@ -415,6 +406,8 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
                 kind = {"type": default, "required": True}
             elif default is False:
                 kind = {"action": "store_true"}
+            elif default:
+                text += f" (default: {default})"
             command.add_argument(name, help=text, **kind if name[0] == "-" else {"nargs": default})
     args = parser.parse_args(argv)
     args.run(args)

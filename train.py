@@ -279,8 +279,7 @@ def toy(args: argparse.Namespace) -> None:
             "--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
             "--grad-accum {grad_accum} --seed {seed}" + knobs + more +
             f" --objective {name} --out {runs[-1]}")))
-    # and all of them answer problems that none has seen
-    for run, temperature in itertools.product(runs, (0, 1)):
+    for run, temperature in itertools.product(runs, (0, 1)):  # all answer unseen problems
         evaluate.main(words(f"accuracy --model {run} --temperature {temperature} --resume --device "
             "{device} --benchmark {root}/held-out.jsonl --max-new-tokens 64 --batch-size 500"))
     evaluate.main(["report", *map(str, runs)])
