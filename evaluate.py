@@ -39,7 +39,8 @@ from model import BadInput, Transformer, check, read_json
 # - Units, degrees and money signs are dropped. 20% is 20 or 0.2; 1,234 is a number or a list, so is
 #   12,34 (a decimal comma). 3:4 is a ratio, 2 1/2 is mixed, 101_2 is five.
 # - Lists and sets come in any order, points and intervals do not; all values are needed. x = 5 says
-#   5, a < x <= b says (a, b]. An equation or inequality may be a multiple of the other.
+#   5 (and y = 5 does not say so), a < x <= b says (a, b]. Equations and inequalities may be
+#   multiples of each other.
 # - Values are equal exactly; but a decimal of 4 significant digits (a gold one of 2) may stand for
 #   an exact value that rounds to it, and a gold one of 2 for a decimal that is 3 digits longer.
 # - Formulas are equal if they are so at four points where every name has a random value of its own
@@ -122,6 +123,10 @@ def apply(function: Callable, *sides: Answer) -> Answer:
     return Answer(values=values, name=together([named and side.name for side in sides]))
 
 
+def is_constant(answer: Answer) -> bool:
+    return len(set(answer.values or "no")) == 1
+
+
 def factorial(n):
     whole = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 100
     return Fraction(math.factorial(int(n))) if whole else math.gamma(n.real + 1)
@@ -148,6 +153,7 @@ class Reader:
     in its grammar raises ValueError; what makes no sense, like 1 + (2, 3), TypeError."""
 
     def __init__(self, text: str, commas: bool):
+        commas = commas and not re.search(r"[(\[]", text)  # (1,234] is no number
         bars, lexemes = itertools.cycle(("|", "|)")), re.findall(commas * COMMAS + LEXEME, text)
         lexemes = [SPELLING.get(lexeme, lexeme) for lexeme in lexemes]
         self.rest = ["", *[next(bars) if lex == "|" else lex for lex in lexemes][::-1]]
@@ -173,7 +179,7 @@ class Reader:
             raise ValueError("a bracket is not closed, or not opened")
         if opening == "\\begin":
             return Answer("[]", [Answer("[]", row) for row in rows])
-        if len(items) == 1:
+        if len(items) == 1 and kind not in ("(]", "[)"):
             return apply(abs, items[0]) if opening == "|" else items[0]
         if items and not opening and all(same(items[0], item) for item in items[1:]):
             return items[0]  # one answer in several spellings
@@ -253,8 +259,7 @@ def related(parts: list[Answer | str]) -> Answer:
     known = parts[-3].values and right.values
     values = apply(sub, parts[-3], right).values if known else None
     if set(signs) == {"="}:  # the end of a chain, or what a name or number is
-        constant = len(set(left.values or "no")) == 1
-        says = [right] if len(signs) > 1 or left.name or constant else []
+        says = [right] if len(signs) > 1 or left.name or is_constant(left) else []
         return Answer("=", says, values, left.name)
     if len(signs) == 1 and signs != ["\\ne"] and (left.name or right.name):
         infinity = Answer(values=[math.inf if right.name else -math.inf] * POINTS)
@@ -287,7 +292,10 @@ def same(a: Answer, b: Answer) -> bool:
         first, *ratios = [x / y for x, y in zip(a.values, b.values, strict=True)]
         if all(close(ratio, first) for ratio in ratios) and (a.kind in "=\\ne" or first.real > 0):
             return True
+    stems = [x.name.partition("_")[0] for x in (a, b) if x.kind == "="]
     a, b = (x.items[0] if x.kind in RELATIONS and x.items else x for x in (a, b))
+    if "" not in stems and len(set(stems)) == 2 and is_constant(a):
+        return False  # x = 5 is not y = 5, while y = 2x and f(x) = 2x may be the same
     if a.kind == "" == b.kind:
         times = Fraction(100) ** (a.percent - b.percent)
         return (all(map(close, a.values, b.values)) or rounds(a, 4, b) or rounds(b, 2, a)
