@@ -635,9 +635,10 @@ def exposure(args: argparse.Namespace) -> None:
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD weights</title><style>
 body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
         color: #111; print-color-adjust: exact; -webkit-print-color-adjust: exact }}
-table {{ width: 100%; border-collapse: collapse; table-layout: fixed }} tr {{ break-inside: avoid }}
+table {{ width: 100%; border-collapse: collapse; table-layout: fixed }}
+tbody {{ break-inside: avoid }} .prompt {{ background: #f4f4f4 }}
 td, th {{ white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; text-align: left;
-          padding: .3em .6em; border: 1px solid #ccc }} .prompt {{ background: #f4f4f4 }}
+          padding: .3em .6em; border: 1px solid #ccc }}
 .low {{ border-bottom: 2px dotted #b35806 }} .high {{ border-bottom: 3px double #5e3c99 }}
 </style><h1>What counts in these traces</h1><p>Each token in the colour of its weight
 w = 2 sigmoid((log q - log p) / {tau:g}); point at one for the student's q and the teacher's p.
@@ -677,7 +678,7 @@ def weights(args: argparse.Namespace) -> None:
                    f"\n<tr>{rows[i]}")
     legend = " ".join(token_span(f"\xa0{w:g}\xa0", w) for w in np.linspace(0, 2, 9))
     Path(args.out).write_text(PAGE.format(tau=args.tau, legend=legend, table="".join(
-        f"<tr>{row}</tr>\n" for row in rows)), encoding="utf-8")
+        f"<tbody><tr>{row}</tr></tbody>\n" for row in rows)), encoding="utf-8")
     print(f"{args.out}: {len(examples)} traces, students {', '.join(args.students)}")
 
 

@@ -484,6 +484,7 @@ def test_exposure_command(toy_model, benchmark, tmp_path, capsys):
     assert [line["length"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 3
     assert all(line["low"] <= line["excess"] <= line["high"] for line in lines)
     assert lines[0]["excess"] == pytest.approx(0, abs=1e-3) and lines[0]["R"] > 0.1
+    assert max(abs(line["R"] - line["epsilon"]) for line in lines) > 0.01  # two authors
     assert f"ExAccErr({len(lines)}) = {lines[-1]['excess']:+.2f} %" in capsys.readouterr().out
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     file = tmp_path / "other" / "tokenizer.json"
