@@ -290,7 +290,8 @@ def same(a: Answer, b: Answer) -> bool:
     """Does the prediction a say what the gold answer b says?"""
     if a.kind == b.kind in RELATIONS and all(a.values or [0]) and all(b.values or [0]):
         first, *ratios = [x / y for x, y in zip(a.values, b.values, strict=True)]
-        if all(close(ratio, first) for ratio in ratios) and (a.kind in "=\\ne" or first.real > 0):
+        turned = a.kind in ("<", "\\le") and first.real < 0
+        if all(close(ratio, first) for ratio in ratios) and not turned:
             return True
     stems = [x.name.partition("_")[0] for x in (a, b) if x.kind == "="]
     a, b = (x.items[0] if x.kind in RELATIONS and x.items else x for x in (a, b))
