@@ -124,7 +124,7 @@ def apply(function: Callable, *sides: Answer) -> Answer:
 
 
 def is_constant(answer: Answer) -> bool:
-    return len(set(answer.values or "no")) == 1
+    return bool(answer.values) and len(set(answer.values)) == 1
 
 
 def factorial(n):
@@ -298,9 +298,10 @@ def same(a: Answer, b: Answer) -> bool:
     if "" not in stems and len(set(stems)) == 2 and is_constant(a):
         return False  # x = 5 is not y = 5, while y = 2x and f(x) = 2x may be the same
     if a.kind == "" == b.kind:
-        times = Fraction(100) ** (a.percent - b.percent)
-        return (all(map(close, a.values, b.values)) or rounds(a, 4, b) or rounds(b, 2, a)
-                or all(close(x * times, y) for x, y in zip(a.values, b.values, strict=True)))
+        if all(map(close, a.values, b.values)) or rounds(a, 4, b) or rounds(b, 2, a):
+            return True
+        times = Fraction(100) ** (a.percent - b.percent)  # 20 for 20%, or the other way round
+        return times != 1 and all(map(close, [value * times for value in a.values], b.values))
     if not 0 < len(a.items) == len(b.items) <= 50:
         return False
     if a.kind == "," == b.kind:
@@ -401,14 +402,18 @@ def is_correct(prediction: str, gold: str) -> bool:
     return False
 
 
+def ask(problems: list[dict], tokenizer: data.Tokenizer) -> list[list[int]]:
+    return [tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
+            for problem in problems]
+
+
 def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict], samples: int = 1,
             temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
             batch_size: int = 64, seed: int = 0, done: Collection = ()) -> Iterator[dict]:
     """Trace records (see data.py) with verdicts, of all (problem's id, sample) that are not `done`.
     Every answer has a seed of its own, so batching does not change a draw. Text that was cut off,
     by the limit or by the model's context, is wrong unless its answer was boxed already."""
-    prompts = [tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
-               for problem in problems]
+    prompts = ask(problems, tokenizer)
     context = model.config.raw.get("max_position_embeddings", 10 ** 9)
     jobs = [(i, k) for i, problem in enumerate(problems) for k in range(samples)
             if (str(problem["id"]), k) not in done]
@@ -608,8 +613,7 @@ def exposure(args: argparse.Namespace) -> None:
                                               for name in (args.teacher, args.student))
     check(other.vocab == tokenizer.vocab, f"{args.teacher} and {args.student}: two vocabularies")
     problems = data.load_problems(args.benchmark)[:args.limit or None]
-    prompts = sorted((tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
-                      for problem in problems), key=len)
+    prompts = sorted(ask(problems, tokenizer), key=len)
     shape = len(prompts), args.samples, args.max_new_tokens
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     curve = excess(*(drift(author, teacher, student, prompts, args, tokenizer.vocab_size)
