@@ -17,6 +17,8 @@ import json
 import math
 import operator
 import random
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -28,8 +30,10 @@ import jinja2  # comes with torch
 import numpy as np
 import tokenizers
 import torch
+from huggingface_hub import constants, errors, utils
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
@@ -45,6 +49,10 @@ TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
 TEMPLATES.globals |= {"raise_exception": raise_exception,
                       "strftime_now": lambda form: datetime.now().strftime(form)}
 TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+
+
+OTHER_TOKENS = ("has the teacher another tokenizer? Then no token has a probability of both; plain "
+                "--objective sft and `data.py select --teacher` (whole sentences) still work")
 
 
 class Tokenizer:
@@ -109,13 +117,17 @@ class Tokenizer:
         ids = ids[:-1] if ids and ids[-1] == self.end else ids
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """Rendered with the generation prompt. The template writes BOS itself, so it is not added;
-        only text for a model without a template gets it from the tokenizer."""
+    def text(self, messages: list[dict]) -> str:
+        """What a model is given to answer, as one string; the one place that renders prompts."""
         if self.template is not None:
-            return self.encode(self.render(messages))
+            return self.render(messages)
         check(len(messages) == 1, f"{self.folder}: has no chat template for several turns")
-        return self.backend.encode(messages[0]["content"]).ids
+        return messages[0]["content"]
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """`text` as tokens. A template writes BOS itself, so it is not added; only text for a model
+        without a template gets it from the tokenizer."""
+        return self.backend.encode(self.text(messages), add_special_tokens=not self.template).ids
 
 
 def load(path_or_repo: str | Path, dtype: str = "float32",
@@ -133,18 +145,20 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("FILE line K", record) for each line that is not blank."""
+    """("FILE line K", record) for each line that is not blank; of FILE.json, each of its list."""
+    number, whole = 1, Path(path).suffix == ".json"
+    unit = "entry" if whole else "line"
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    check(isinstance(record, dict), f"{path} line {number}: not a JSON object")
-                    yield f"{path} line {number}", record
+        with open(path, "rb") as file:
+            for number, line in enumerate(json.load(file) if whole else file, 1):
+                if whole or line.strip():
+                    record = line if whole else json.loads(line)
+                    check(isinstance(record, dict), f"{path} {unit} {number}: not a JSON object")
+                    yield f"{path} {unit} {number}", record
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} line {number}: not valid JSON: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise BadInput(f"{path} {unit} {number}: not valid JSON: {error}") from None
 
 
 def text_field(record: dict, names: Iterable[str], where: str) -> str:
@@ -156,16 +170,34 @@ def text_field(record: dict, names: Iterable[str], where: str) -> str:
     return record[name]
 
 
+def turns(record: dict, where: str) -> list[dict]:
+    """The messages of a trace or problem; a plain prompt is what the user says."""
+    if "messages" not in record:
+        return [{"role": "user", "content": text_field(record, ["prompt"], where)}]
+    messages = record["messages"]
+    check(isinstance(messages, list) and messages and all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages),
+        f"{where}: messages: not a list of {{role, content}}")
+    return messages
+
+
 def conversation(record: dict, where: str) -> tuple[list[dict], str]:
     """(the turns before the response, the response)"""
-    turns = record.get("messages")
-    if turns is None:
-        turns = [{"role": "user", "content": text_field(record, ["prompt"], where)}]
-    check(isinstance(turns, list) and turns and all(isinstance(turn, dict) and {"role", "content"}
-          <= turn.keys() for turn in turns), f"{where}: messages: not a list of {{role, content}}")
-    if "response" not in record and turns[-1]["role"] == "assistant":
-        turns, record = turns[:-1], {"response": turns[-1]["content"]}
-    return turns, text_field(record, ["response"], where)
+    messages = turns(record, where)
+    if "response" not in record and messages[-1]["role"] == "assistant":
+        messages, record = messages[:-1], {"response": messages[-1]["content"]}
+    return messages, text_field(record, ["response"], where)
+
+
+def response_ids(record: dict, response: str, tokenizer: Tokenizer, where: str,
+                 exact: bool = False) -> list[int]:
+    """The ids that were sampled, if they are this tokenizer's; else how it splits the text."""
+    ids, known = record.get("tokens"), range(tokenizer.vocab_size)
+    if ids and all(i in known for i in ids) and response in map(tokenizer.decode, (ids, ids[:-1])):
+        return ids
+    check(not ids or not (exact or any(not isinstance(i, int) for i in ids)), f"{where}: tokens: "
+          f"they do not spell the response; {OTHER_TOKENS}")
+    return [*tokenizer.encode(response), tokenizer.end]
 
 
 class Example(NamedTuple):
@@ -180,23 +212,30 @@ class Example(NamedTuple):
 def encode(record: dict, tokenizer: Tokenizer, where: str, teacher: bool = False) -> Example:
     """Prompt and response are split into tokens apart, then joined: split as one text, the ids at
     the seam may differ, and a student starts from the prompt's. `teacher` asks for log p(y)."""
-    turns, response = conversation(record, where)
-    prompt, p_logp = tokenizer.prompt(turns), record.get("teacher_logprobs") if teacher else None
-    ids = record.get("tokens") or [*tokenizer.encode(response), tokenizer.end]
+    messages, response = conversation(record, where)
+    prompt = tokenizer.prompt(messages)
+    ids = response_ids(record, response, tokenizer, where, teacher)
+    think, p_logp = tokenizer.vocab.get("<think>"), record.get("teacher_logprobs")
+    if think == ids[0] and think in prompt[-2:]:  # not twice, where the template opens it as well
+        prompt = prompt[:prompt.index(think, -2)]
     check(prompt, f"{where}: the prompt becomes no token at all, so nothing predicts the response")
-    check(all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids),
-          f"{where}: tokens: not ids of the tokenizer in {tokenizer.folder}")
     if teacher:
         check(isinstance(p_logp, list), f"{where}: no list of teacher_logprobs, but this objective "
               "needs log p(y): add them with `python data.py score`, or give --teacher")
         check(len(p_logp) == len(ids), f"{where}: teacher_logprobs: {len(p_logp)} numbers for the "
-              f"{len(ids)} tokens of the response, end of turn included; has the teacher another "
-              "tokenizer? The objective sft needs none of them")
+              f"{len(ids)} tokens of the response, end of turn included; {OTHER_TOKENS}")
         bad = [x for x in p_logp if not isinstance(x, int | float) or not -math.inf < x <= 1e-3]
         check(not bad, f"{where}: teacher_logprobs: {bad[:1]} is not a log-probability")
-        p_logp = np.array(p_logp, dtype=np.float32)
     name = str(record.get("id", where.rpartition(" ")[2]))
-    return Example(name, np.array(prompt + ids, dtype=np.int32), len(prompt), p_logp)
+    return Example(name, np.array(prompt + ids, dtype=np.int32), len(prompt),
+                   np.array(p_logp, dtype=np.float32) if teacher else None)
+
+
+def useless(record: dict) -> str:
+    """Why a trace is left out: the verdict of `evaluate.py accuracy`, if there is one."""
+    if record.get("finished") is False:
+        return "unfinished"
+    return "wrong" if record.get("correct") is False else ""
 
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher: bool = False,
@@ -205,12 +244,12 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher
     unfinished or over-long one is counted, and never cut: half a trace teaches not to stop."""
     examples, dropped = [], Counter()
     for where, record in tqdm(read_jsonl(path), desc="reading traces", unit="", disable=None):
-        if record.get("correct") is False or record.get("finished") is False:
-            dropped["wrong" if record.get("finished", True) else "unfinished"] += 1
-            continue
-        example = encode(record, tokenizer, where, teacher)
-        if len(example.tokens) > max_length:
-            dropped[f"longer than {max_length} tokens"] += 1
+        reason = useless(record)
+        if not reason:
+            example = encode(record, tokenizer, where, teacher)
+            reason = f"longer than {max_length} tokens" * (len(example.tokens) > max_length)
+        if reason:
+            dropped[reason] += 1
         else:
             examples.append(example)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
@@ -274,30 +313,223 @@ def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
 @torch.no_grad()
 def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int = 256) -> Tensor:
     """The model's log-probability of each supervised token, [N] fp32, at temperature 1."""
+    batch = batch.to(model.model.embed_tokens.weight.device)
     hidden = model(batch.tokens).flatten(0, 1)[batch.rows]  # [N, D]
     logits = (model.logits(rows)[:, :vocab_size].float() for rows in hidden.split(chunk))
     return torch.cat([rows.log_softmax(-1).gather(-1, y[:, None])[:, 0]
                       for rows, y in zip(logits, batch.y.split(chunk), strict=True)])
 
 
-def score(args: argparse.Namespace) -> None:
-    """Adds a local teacher's log-probabilities to traces; JSONL in, JSONL out, the same order."""
-    teacher, tokenizer = load(args.teacher, args.dtype, args.device)
-    records = list(read_jsonl(args.traces))
-    examples = [encode(record, tokenizer, where) for where, record in records]
-    fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
-    fits.sort(key=lambda i: len(examples[i].tokens))
-    for start in tqdm(range(0, len(fits), args.batch_size), desc="scoring", disable=None):
-        chosen = fits[start:start + args.batch_size]
-        batch = collate([examples[i] for i in chosen]).to(args.device)
+def logps(model: Transformer, examples: list[Example], vocab_size: int,
+          args: argparse.Namespace) -> list[np.ndarray]:
+    """`response_logp` of each example, [response] each, in batches of like lengths."""
+    found = [np.empty(0)] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    for start in tqdm(range(0, len(order), args.batch_size), desc="scoring", disable=None):
+        chosen = order[start:start + args.batch_size]
+        batch = collate([examples[i] for i in chosen])
         lengths = [len(examples[i].tokens) - examples[i].prompt for i in chosen]
-        p_logp = response_logp(teacher, batch, tokenizer.vocab_size).cpu().split(lengths)
-        for i, values in zip(chosen, p_logp, strict=True):
-            records[i][1].update(teacher=str(args.teacher), teacher_logprobs=[
-                round(value, 4) for value in values.tolist()])
-    write_jsonl(args.out, (records[i][1] for i in sorted(fits)))
-    print(f"{args.out}: {len(fits)} traces scored, {len(records) - len(fits)} left out (longer "
-          f"than {args.max_length} tokens)")
+        logp = response_logp(model, batch, vocab_size).cpu().split(lengths)
+        for i, values in zip(chosen, logp, strict=True):
+            found[i] = values.numpy()
+    return found
+
+
+def score(args: argparse.Namespace) -> None:
+    """Adds a teacher's log-probabilities to traces: those of a local teacher, or what a server
+    returned with them. JSONL in, JSONL out, the same order."""
+    check(args.teacher or args.student, "score: give --teacher (a local model) or, for the replies "
+          "of a server, --student (its tokenizer must be the teacher's)")
+    records, dropped = list(read_jsonl(args.traces)), Counter()
+    if args.teacher:
+        teacher, tokenizer = load(args.teacher, args.dtype, args.device)
+        check(not args.student or Tokenizer(args.student).vocab == tokenizer.vocab,
+              f"{args.teacher} and {args.student}: two vocabularies; {OTHER_TOKENS}")
+        examples = [encode(record, tokenizer, where) for where, record in records]
+        fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
+        dropped[f"longer than {args.max_length} tokens"] = len(records) - len(fits)
+        found = logps(teacher, [examples[i] for i in fits], tokenizer.vocab_size, args)
+        traces = [{**records[i][1], "teacher": str(args.teacher), "teacher_logprobs": [
+            round(value, 4) for value in values.tolist()]}
+                  for i, values in zip(fits, found, strict=True)]
+    else:
+        tokenizer, traces = Tokenizer(args.student), []
+        for where, record in records:
+            for trace, reason in served(record, tokenizer, where):
+                if reason:
+                    print(f"{where}: left out: {reason}", file=sys.stderr)
+                    dropped[reason.partition(":")[0]] += 1
+                else:
+                    traces.append(trace)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    check(traces, f"{args.traces}: no trace can be used ({reasons or 'the file is empty'})")
+    write_jsonl(args.out, traces)
+    print(f"{args.out}: {len(traces)} traces scored; left out: {reasons or 'none'}")
+
+
+def trace(ids: list[int], logp: Iterable[float], tokenizer: Tokenizer, finished: bool) -> dict:
+    """The fields of a record that hold a response: at most 8 bytes a token besides the text, since
+    the ids are stored only where they are not what the text would be split into again."""
+    text = tokenizer.decode(ids[:-1] if finished else ids)
+    same = ids == [*tokenizer.encode(text), tokenizer.end]
+    return {"response": text, "finished": finished, **({} if same else {"tokens": ids}),
+            "teacher_logprobs": [round(float(value), 4) for value in logp]}
+
+
+def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dict, str]]:
+    """(trace, "") or ({}, why it cannot be used) for each choice of a server's reply, which stands
+    in one object with its request: {"messages" or "prompt": ..., "choices": [...]}. Known are
+    /v1/chat/completions and /v1/completions with logprobs as OpenAI has them, vLLM's ids in either
+    (return_token_ids, return_tokens_as_token_ids) and vLLM's offline outputs. With a "response" the
+    reply scores it: prompt_logprobs, or an echo, of `encode(record).tokens` as the prompt."""
+    check(isinstance(record.get("choices"), list), f"{where}: no choices, so no server's reply; "
+          "to score it with a local model give --teacher")
+    known = {key: record[key] for key in ("id", "prompt", "messages", "answer") if key in record}
+    for k, choice in enumerate(record["choices"]):
+        try:
+            if "response" in record:
+                trace = encode(record, tokenizer, where)
+                ids = trace.tokens[trace.prompt:].tolist()
+                values = echoed({**record, **choice}, ids, tokenizer)
+            else:
+                ids, values = generated({**record, **choice}, tokenizer)
+            bad = [t for t, x in enumerate(values) if x is None or not -9999 < x <= 1e-3]
+            check(not bad, f"no log-probability: null or the floor, at token {bad[:1]}")
+        except (KeyError, TypeError, ValueError) as error:
+            yield {}, (str(error) if isinstance(error, BadInput) else
+                       f"no log-probabilities in a form known here: {error!r:.80}")
+            continue
+        yield {**known, "teacher": record.get("model", "a server"), "sample": k,
+               **trace(ids, values, tokenizer, finished=True)}, ""
+
+
+def generated(reply: dict, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of what a server wrote, the end of turn last. OpenAI's API does not
+    return that one: it was certain enough to end the answer, so log p = 0."""
+    check(reply.get("finish_reason", "stop") == "stop", "unfinished: finish_reason "
+          f"{reply.get('finish_reason')}")
+    logprobs, end = reply["logprobs"], 0.0
+    if isinstance(logprobs, list):  # vLLM offline: a table {id: {"logprob"}} for each token
+        ids = reply["token_ids"]
+        values = [table[str(i)]["logprob"] for i, table in zip(ids, logprobs, strict=True)]
+    else:
+        entries = reply_entries(logprobs)
+        if entries[0]["logprob"] is None:  # an echo of the prompt comes first
+            entries = entries[reply["usage"]["prompt_tokens"]:]
+        ids, values = reply.get("token_ids"), [entry["logprob"] for entry in entries]
+        ids = ids or spell(entries, tokenizer)
+    check(all(i in range(tokenizer.vocab_size) for i in ids), "other tokens: ids out of range")
+    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items()
+               if token.special}
+    if ids[-1] in special:
+        ids, values, end = ids[:-1], values[:-1], values[-1]
+    text, said = tokenizer.decode(ids), reply.get("text", reply.get("message", {}).get("content"))
+    check(len(ids) == len(values) and (not said or said.strip() in text or text in said),
+          f"other tokens: its ids do not spell its text; {OTHER_TOKENS}")
+    return [*ids, tokenizer.end], [*values, end]
+
+
+def echoed(reply: dict, ids: list[int], tokenizer: Tokenizer) -> list[float]:
+    """The log-probabilities of a given response at the end of what a server was given."""
+    if tables := reply.get("prompt_logprobs"):
+        tables = tables[-len(ids):]
+        check(all(str(i) in table for i, table in zip(ids, tables, strict=True)), "other tokens: "
+              "the prompt does not end in the response and its end of turn")
+        return [table[str(i)]["logprob"] for i, table in zip(ids, tables, strict=True)]
+    entries = reply_entries(reply["logprobs"])[:reply["usage"]["prompt_tokens"]][-len(ids):]
+    check(spell(entries, tokenizer) == ids, "other tokens: the prompt does not end in the response "
+          "and its end of turn")
+    return [entry["logprob"] for entry in entries]
+
+
+def reply_entries(logprobs: dict) -> list[dict]:
+    """[{"token", "logprob", "bytes"}], the form of chats, also from that of completions."""
+    return logprobs.get("content") or [
+        {"token": token, "logprob": value} for token, value in
+        zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+
+
+def spell(entries: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """The ids of tokens that a server names by id, or by text: then this tokenizer must split the
+    text in the same places. A token may be part of a character: bytes are joined, not strings."""
+    names = [entry["token"] for entry in entries]
+    if all(name.startswith("token_id:") for name in names):
+        return [int(name.removeprefix("token_id:")) for name in names]
+    pieces = [bytes(entry.get("bytes") or entry["token"].encode()) for entry in entries]
+    text = b"".join(pieces).decode()
+    split = tokenizer.backend.encode(text, add_special_tokens=False)
+    check(len(split.ids) == len(pieces) and all(
+        piece in text[slice(*span)].encode() for piece, span in
+        zip(pieces, split.offsets, strict=True)), "other tokens: this tokenizer splits the text "
+        "elsewhere; vLLM's return_token_ids would tell the ids")
+    return split.ids
+
+
+def sentence_means(tokenizer: Tokenizer, example: Example, text: str, logp: np.ndarray,
+                   between: str) -> np.ndarray:
+    """Mean log-probability of the tokens that begin in each sentence of a response, [sentences];
+    NaN where none does. `between` is a regular expression for what separates two sentences."""
+    stream, starts, position = DecodeStream(skip_special_tokens=False), [], 0
+    for token in example.tokens[example.prompt:].tolist():
+        starts.append(position)
+        position += len(stream.step(tokenizer.backend, token) or "")
+    ends = [gap.start() for gap in re.finditer(between, text)]
+    sentence = np.searchsorted(ends, starts, side="right")
+    with np.errstate(invalid="ignore"):
+        return (np.bincount(sentence, logp, len(ends) + 1)
+                / np.bincount(sentence, minlength=len(ends) + 1))
+
+
+def select(args: argparse.Namespace) -> None:
+    """Divergence-aware sampling (DASD, arXiv 2601.09088): keeps the traces richest in sentences
+    whose tokens the teacher finds likelier than the student does, by their geometric mean."""
+    student, tokenizer = load(args.student, args.dtype, args.device)
+    other = Tokenizer(args.teacher) if args.teacher else tokenizer
+    lines = [(where, record) for where, record in read_jsonl(args.traces) if not useless(record)]
+    seen = [encode(record, tokenizer, where) for where, record in lines]
+    found = logps(student, seen, tokenizer.vocab_size, args)
+    for (where, record), mine, q_logp in zip(lines, seen, found, strict=True):
+        theirs, text = encode(record, other, where, teacher=True), conversation(record, where)[1]
+        p, q = (sentence_means(*side, args.between) for side in (
+            (other, theirs, text, theirs.p_logp), (tokenizer, mine, text, q_logp)))
+        both = np.isfinite(p) & np.isfinite(q)
+        record["teacher_sentences"] = round(float(np.mean((p - q)[both] > math.log(args.ratio))), 4)
+    ranked = sorted(range(len(lines)), key=lambda i: -lines[i][1]["teacher_sentences"])
+    kept = sorted(ranked[:math.ceil(args.keep * len(lines))])
+    check(kept, f"{args.traces}: no usable trace, or --keep {args.keep:g} keeps none")
+    write_jsonl(args.out, (lines[i][1] for i in kept))
+    before, after = (np.mean([lines[i][1]["teacher_sentences"] for i in some])
+                     for some in (ranked, kept))
+    print(f"{args.out}: kept {len(kept)} of {len(lines)} traces; sentences that the teacher finds "
+          f"{args.ratio:g} times as likely: {before:.1%} before, {after:.1%} in what is kept")
+
+
+def mix(args: argparse.Namespace) -> None:
+    """Mixed-policy distillation (DASD, arXiv 2601.09088): a student's answers that were cut off, or
+    are longer than 1.5 times the teacher's, become problems with a `prefix`: a random part of the
+    answer, beyond its half, from which `evaluate.py accuracy --model TEACHER` will go on."""
+    tokenizer, rng, lengths = Tokenizer(args.student), random.Random(args.seed), {}
+    for where, record in read_jsonl(args.traces):
+        if not useless(record):
+            ids = response_ids(record, conversation(record, where)[1], tokenizer, where)
+            lengths[str(record.get("id"))] = max(len(ids), lengths.get(str(record.get("id")), 0))
+    problems, answers = [], list(read_jsonl(args.answers))
+    for where, record in answers:
+        limit, text = int(1.5 * lengths.get(str(record.get("id")), 0)), record.get("response")
+        ids = response_ids(record, text, tokenizer, where)[:limit] if text else []
+        cut = record.get("finished") is False or len(ids) == limit
+        if ids and (cut or (args.wrong and record.get("correct") is False)):
+            ids = [i for i in ids if i != tokenizer.end]
+            problems.append({
+                **{key: record[key] for key in ("prompt", "messages") if key in record},
+                "id": f"{record['id']}/{record.get('sample', 0)}",
+                "answer": text_field(record, ["answer"], where),
+                "prefix": ids[:rng.randint(len(ids) // 2 + 1, len(ids))]})
+    check(problems, f"{args.answers}: no answer was cut off, so there is nothing to go on from; "
+          "--wrong takes wrong answers as well")
+    write_jsonl(args.out, problems)
+    print(f"{args.out}: {len(problems)} of {len(answers)} answers to go on from, after "
+          f"{np.mean([len(problem['prefix']) for problem in problems]):.1f} tokens on average")
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
@@ -310,17 +542,88 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     temporary.replace(path)
 
 
-def load_problems(path: str | Path) -> list[dict]:
-    """[{"id", "prompt", "answer"}] from a JSONL file with the usual names for these fields."""
-    problems, golds = [], ("answer", "final_answer", "expected_answer", "solution")
-    for where, record in read_jsonl(path):
-        record = {key: str(value) if isinstance(value, int | float) else value
-                  for key, value in record.items()}
-        problems.append({
-            "id": record.get("id", where.rpartition(" ")[2]),
-            "prompt": text_field(record, ("prompt", "question", "problem"), where),
-            "answer": text_field(record, golds, where)})
-    check(problems, f"{path}: the file is empty")
+# The benchmarks that have a name: the Hub's data set; its configuration, or its file where there is
+# JSONL; the rows of each split (the first is meant where none is given).
+BENCHMARKS = {
+    "gsm8k": ("openai/gsm8k", "main", {"test": 1319, "train": 7473}),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default", {"test": 5000, "train": 7500}),
+    "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", {"test": 500}),
+    "amc23": ("math-ai/amc23", "default", {"test": 40}),
+    "aime24": ("math-ai/aime24", "default", {"test": 30}),
+    "aime25": ("math-ai/aime25", "test.jsonl", {"test": 30}),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", {"train": 674})}
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+GOLDS = "answer", "final_answer", "expected_answer", "solution"
+
+
+def hub_rows(repo: str, config: str, split: str) -> Iterator[dict]:
+    """The rows of a data set of the Hub, in order. The client asks again, more and more slowly,
+    where the Hub is busy or a connection breaks."""
+    def get(url: str, **params):
+        reply = utils.http_backoff("GET", url, params=params, headers=utils.build_hf_headers())
+        utils.hf_raise_for_status(reply)
+        return reply
+
+    if config.endswith(".jsonl"):
+        text = get(f"{constants.ENDPOINT}/datasets/{repo}/resolve/main/{config}").text
+        yield from map(json.loads, text.splitlines())
+        return
+    server = constants.ENDPOINT.replace("https://", "https://datasets-server.")
+    offset, total = 0, 1
+    while offset < total:  # at most 100 rows a page
+        page = get(f"{server}/rows", dataset=repo, config=config, split=split, offset=offset,
+                   length=100).json()
+        check(page["rows"] and not any(row["truncated_cells"] for row in page["rows"]),
+              f"the rows from {offset} on are not whole")
+        yield from (row["row"] for row in page["rows"])
+        offset, total = offset + len(page["rows"]), page["num_rows_total"]
+
+
+def download(name: str) -> Path:
+    """The JSONL file of a benchmark, like "math" or "math:train", downloaded once."""
+    key, _, split = name.partition(":")
+    repo, config, splits = BENCHMARKS[key]
+    split = split or next(iter(splits))
+    check(split in splits, f"--benchmark {name}: the splits of {key} are {', '.join(splits)}")
+    file = Path(constants.HF_HUB_CACHE, "benchmarks", f"{key}-{split}.jsonl")
+    if not file.exists():
+        try:
+            rows = list(tqdm(hub_rows(repo, config, split), f"downloading {repo}",
+                             splits[split], disable=None))
+        except (OSError, ValueError, KeyError, TypeError, errors.HTTPError) as error:
+            raise BadInput(f"--benchmark {name}: {repo} cannot be had from the Hub: "
+                           f"{error!s:.200}; a JSONL file of yours will do as well") from error
+        check(len(rows) == splits[split], f"--benchmark {name}: {repo} has {len(rows)} rows, not "
+              f"the {splits[split]} expected: a broken download, or the data set has changed")
+        write_jsonl(file, rows)
+    return file
+
+
+def load_problems(benchmark: str | Path, suffix: str | None = None, system: str = "") -> list[dict]:
+    """[{"id", "prompt" or "messages", "answer"}] of a benchmark with a name, or of a JSONL or JSON
+    file with the usual names for these fields. The suffix (for a name, by default: SUFFIX) follows
+    each question that does not ask for a box already. What has an empty gold answer is left out."""
+    named = str(benchmark).partition(":")[0] in BENCHMARKS and not Path(benchmark).exists()
+    suffix, problems, empty = SUFFIX if suffix is None and named else suffix or "", [], 0
+    for where, record in read_jsonl(download(benchmark) if named else benchmark):
+        golds = [record[name] for name in GOLDS if name in record]
+        check(golds, f"{where}: no field {' or '.join(GOLDS)}; it has {', '.join(record)}")
+        gold = next((gold for gold in golds if gold not in (None, "", [])), None)
+        if gold is None:
+            empty += 1
+            continue
+        problem = {key: record[key] for key in ("messages", "prefix") if key in record}
+        if "messages" not in record:
+            text = text_field(record, ("prompt", "question", "problem"), where)
+            problem["prompt"] = text + suffix * ("\\boxed" not in text)
+        if system and "messages" not in record:
+            problem["messages"] = [{"role": "system", "content": system}, *turns(problem, where)]
+        problems.append({"id": record.get("id", where.rpartition(" ")[2]), **problem,
+                         "answer": ", ".join(map(str, gold)) if isinstance(gold, list)
+                         else str(gold)})
+    check(problems, f"{benchmark}: no problem with an answer")
+    if empty:
+        print(f"{benchmark}: {empty} problems have no answer, and are left out")
     return problems
 
 
@@ -401,7 +704,7 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
                                         description=function.__doc__, allow_abbrev=False)
         command.set_defaults(run=function)
         for name, (default, text) in options.items():
-            kind = {"type": type(default), "default": default}
+            kind = {"type": str if default is None else type(default), "default": default}
             if isinstance(default, type):
                 kind = {"type": default, "required": True}
             elif default is False:
@@ -421,12 +724,30 @@ def one_line_errors(main: Callable, *args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command_line(__doc__.splitlines()[0], {score: {
-        "--traces": (str, "IN.jsonl: traces to score"),
-        "--teacher": (str, "HF folder or Hub name, with its tokenizer"),
-        "--out": (str, "OUT.jsonl: the same traces with teacher_logprobs"),
-        "--batch-size": (16, "traces at a time"),
-        "--max-length": (4096, "longer traces are left out (tokens)"), **MODEL_OPTIONS}}, argv)
+    size = {"--batch-size": (16, "traces at a time")}
+    command_line(__doc__.splitlines()[0], {
+        score: {
+            "--traces": (str, "IN.jsonl: traces, or a server's requests with its replies"),
+            "--teacher": ("", "HF folder or Hub name of a local teacher"),
+            "--student": ("", "whose tokenizer must fit"),
+            "--out": (str, "OUT.jsonl: traces with teacher_logprobs"), **size,
+            "--max-length": (4096, "longer traces are left out (tokens)"), **MODEL_OPTIONS},
+        select: {
+            "--traces": (str, "T.jsonl: traces with teacher_logprobs"),
+            "--student": (str, "HF folder or Hub name: the student before training"),
+            "--out": (str, "OUT.jsonl: the traces that are kept"),
+            "--keep": (0.5, "share of the traces"),
+            "--ratio": (2.0, "how much likelier a sentence of the teacher's is"),
+            "--between": (r"(?<=[.!?])\s+|\n+", "regular expression: what separates sentences"),
+            "--teacher": ("", "the teacher's tokenizer, if it is another"), **size,
+            **MODEL_OPTIONS},
+        mix: {
+            "--answers": (str, "A.jsonl: the student's, from `evaluate.py accuracy`"),
+            "--traces": (str, "T.jsonl: the teacher's, to the same problems"),
+            "--student": (str, "HF folder or Hub name, for its tokenizer"),
+            "--out": (str, "PROBLEMS.jsonl for the teacher's evaluation"),
+            "--wrong": (False, "wrong answers as well (where nothing is cut off)"),
+            "--seed": (0, "of the lengths that are kept")}}, argv)
 
 
 if __name__ == "__main__":

@@ -403,7 +403,9 @@ def is_correct(prediction: str, gold: str) -> bool:
 
 
 def ask(problems: list[dict], tokenizer: data.Tokenizer) -> list[list[int]]:
-    return [tokenizer.prompt([{"role": "user", "content": problem["prompt"]}])
+    """The tokens to go on from: the rendered prompt, and the beginning of an answer if there is one
+    (`data.py mix`)."""
+    return [tokenizer.prompt(data.turns(problem, "")) + problem.get("prefix", [])
             for problem in problems]
 
 
@@ -427,18 +429,20 @@ def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
         for (i, k), (ids, logp) in zip(batch, drawn, strict=True):
             check(not any(map(math.isnan, logp)), f"{model.folder}: NaN among the probabilities of "
                   f"the answer to problem {problems[i]['id']}; try --dtype float32")
-            ids = ids[:max(context - len(prompts[i]), 0)]
+            ids, problem = ids[:max(context - len(prompts[i]), 0)], dict(problems[i])
+            logp, prefix = logp[:len(ids)], problem.pop("prefix", [])
+            if prefix:  # the teacher's opinion of what the student wrote
+                whole = data.Example("", np.array(prompts[i]), len(prompts[i]) - len(prefix), None)
+                before = data.response_logp(model, data.collate([whole]), tokenizer.vocab_size)
+                ids, logp = prefix + ids, before.tolist() + logp
             finished = bool(ids) and ids[-1] in model.eos_token_ids
-            text = tokenizer.decode(ids[:-1] if finished else ids)
+            record = data.trace(ids, logp, tokenizer, finished)
+            text = record["response"]
             answer = extract_answer(text)
             graded = text if finished else f"\\boxed{{{answer}}}" if boxes(text) else ""
-            record = {**problems[i], "sample": k, "response": text, "finished": finished,
-                      "extracted": answer, "correct": is_correct(graded, problems[i]["answer"]),
-                      "temperature": temperature,
-                      "teacher_logprobs": [round(value, 4) for value in logp[:len(ids)]]}
-            if ids != [*tokenizer.encode(text), tokenizer.end]:
-                record["tokens"] = ids
-            yield record
+            yield {**problem, "rendered": tokenizer.text(data.turns(problem, "")), "sample": k,
+                   "temperature": temperature, **record, "extracted": answer,
+                   "correct": is_correct(graded, problem["answer"])}
 
 
 def read_answers(path: str | Path) -> list[dict]:
@@ -502,15 +506,15 @@ def accuracy(args: argparse.Namespace) -> None:
     """Answers a benchmark, grades the answers, keeps a record of each, prints their accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature above 0: "
           "greedy answers are all alike")
-    problems = data.load_problems(args.benchmark)[:args.limit or None]
+    problems = data.load_problems(args.benchmark, args.suffix, args.system)[:args.limit or None]
     order = {str(problem["id"]): i for i, problem in enumerate(problems)}
     check(len(order) == len(problems), f"{args.benchmark}: some problems have the same id")
-    setup = {key: vars(args)[key] for key in ("model", "benchmark", "temperature", "top_p",
-                                              "max_new_tokens", "seed", "dtype")}
+    setup = {key: vars(args)[key] for key in ("model", "benchmark", "suffix", "system", "dtype",
+                                              "temperature", "top_p", "max_new_tokens", "seed")}
     setup["problems_sha256"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     home = Path(args.model) if Path(args.model).is_dir() else Path("answers", Path(args.model).name)
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
-    out = Path(args.out or home / f"{Path(args.benchmark).stem}-{decoding}.jsonl")
+    out = Path(args.out or home / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl")
     part, records = Path(f"{out}.part"), []
     check(args.resume or not part.exists(), f"{part}: an evaluation was broken off here; add "
           "--resume to go on, or remove the file")
@@ -612,7 +616,7 @@ def exposure(args: argparse.Namespace) -> None:
     (teacher, other), (student, tokenizer) = (data.load(name, args.dtype, args.device)
                                               for name in (args.teacher, args.student))
     check(other.vocab == tokenizer.vocab, f"{args.teacher} and {args.student}: two vocabularies")
-    problems = data.load_problems(args.benchmark)[:args.limit or None]
+    problems = data.load_problems(args.benchmark, args.suffix, args.system)[:args.limit or None]
     prompts = sorted(ask(problems, tokenizer), key=len)
     shape = len(prompts), args.samples, args.max_new_tokens
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -744,7 +748,10 @@ def report(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     name, answering = "HF folder or Hub name", {
-        "--benchmark": (str, "FILE.jsonl: problems with their answers"),
+        "--benchmark": (str, f"{', '.join(data.BENCHMARKS)}, like gsm8k:train; or FILE.jsonl"),
+        "--suffix": (None, "behind each question that has no \\boxed in it (default: "
+                     f"{data.SUFFIX!r}; for a file nothing)"),
+        "--system": ("", "system prompt"),
         "--limit": (0, "only the first so many problems"),
         "--max-new-tokens": (1024, "longer answers are cut off, and wrong"),
         "--batch-size": (64, "answers at a time"),

@@ -1,9 +1,9 @@
 """A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders.
 
 One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
-head size, a tied head. Parameters carry HF's names, so that transformers opens what we save.
-Letters in all files: B sequences, T tokens, D hidden, H query and K key/value heads, Dh head size,
-V vocabulary, N supervised tokens. Papers: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388.
+head size, a tied head. Parameters have HF's names. Letters in all files: B sequences, T tokens, D
+hidden, H query and K key/value heads, Dh head size, V vocabulary, N supervised tokens. Papers:
+Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388.
 """
 
 import json
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ def fetch(path_or_repo: str | Path) -> Path:
     try:
         return (Path(path_or_repo) if Path(path_or_repo).is_dir() else
                 Path(snapshot_download(str(path_or_repo), allow_patterns=[
-                    "*.json", "*.jinja", "model*.safetensors"])))
-    except (OSError, ValueError) as error:  # the Hub's errors are of these kinds
-        raise BadInput(f"{path_or_repo}: not a folder, nor on the Hub: {error!s:.200}") from error
+                    "*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"])))
+    except (OSError, ValueError, errors.HTTPError) as error:  # whole files stay in the cache
+        raise BadInput(f"{path_or_repo}: not a folder, and the Hub says: {error!s:.200}") from error
 
 
 def read_json(file: Path) -> dict:

@@ -1,10 +1,18 @@
 """Tiny models with every parameter random, in the real formats; nothing here needs a network."""
 
 import os
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+from hub import HUB
 
+os.environ["HF_ENDPOINT"] = HUB.endpoint  # before huggingface_hub is imported
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import atexit
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -285,7 +285,7 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     out = tmp_path / "deep" / "out.jsonl"
     data.main(["score", "--traces", str(traces), "--teacher", str(toy_model), "--out", str(out),
                "--batch-size", "3", "--max-length", "64"])
-    assert "20 traces scored, 1 left out (longer than 64 tokens)" in capsys.readouterr().out
+    assert "20 traces scored; left out: 1 longer than 64 tokens" in capsys.readouterr().out
     examples, _ = data.load_traces(out, data.Tokenizer(toy_model), 64, teacher=True)
     theirs = AutoModelForCausalLM.from_pretrained(toy_model)
     for i, example in enumerate(examples):

@@ -223,7 +223,7 @@ def test_broken_files_are_named(tmp_path):
             Transformer.from_pretrained(tmp_path)
     with pytest.raises(BadInput, match="not a folder"):
         Transformer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(BadInput, match="nobody/nothing: not a folder, nor on the Hub"):
+    with pytest.raises(BadInput, match="nobody/nothing: not a folder, and the Hub says"):
         Transformer.from_pretrained("nobody/nothing")
 
 

@@ -402,4 +402,4 @@ def test_errors_of_the_command_line_are_one_line(tmp_path, traces):
         done = subprocess.run([sys.executable, str(Path(train.__file__).with_name(script)), *argv],
                               capture_output=True, text=True, check=False)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: nobody/none: not a folder, nor on the Hub")
+        assert done.stderr.startswith("error: nobody/none: not a folder, and the Hub says")

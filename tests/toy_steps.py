@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import evaluate
 
-for folder in map(Path, sys.argv[1:]):
+
+def count(folder: Path) -> None:
     model, tokenizer = data.load(folder)
     problems = data.load_problems(folder.parents[1] / "held-out.jsonl")
     right, written, skipped = dict.fromkeys("+-*", 0), dict.fromkeys("+-*", 0), 0
@@ -31,3 +32,8 @@ for folder in map(Path, sys.argv[1:]):
             value = values[letter]
     shares = "  ".join(f"{sign} {right[sign] / written[sign]:.3f}" for sign in "+-*")
     print(f"{folder}:  {shares}  left out {skipped / (6 * len(problems)):.3f}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        count(Path(name))

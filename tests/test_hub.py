@@ -1,0 +1,174 @@
+"""Models and benchmarks from the Hub: the real client against a small server on this machine."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_hf
+from hub import HUB
+
+import data
+import evaluate
+from model import BadInput, Transformer
+
+# benchmark -> (a file of ../shared/data/benchmarks, problems without an answer in it)
+FILES = {"gsm8k:test": ("gsm8k/test.jsonl", 0), "gsm8k:train": ("gsm8k/train.jsonl", 0),
+         "math:test": ("math/test.jsonl", 0), "math:train": ("math/train.answers-only.jsonl", 2),
+         "math500": ("math500/test.math_oai.jsonl", 0), "amc23": ("amc23/test.jsonl", 0),
+         "aime24": ("aime24/test.jsonl", 0), "aime25": ("aime25/test.int-answers.jsonl", 0),
+         "olympiadbench": ("olympiadbench/test.jsonl", 0)}
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """An empty cache, a server without files, and no waiting."""
+    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: waits.append(seconds))
+    waits = HUB.waits = []
+    for store in (HUB.repos, HUB.rows, HUB.faults, HUB.seen):
+        store.clear()
+
+
+def publish(name, rows):
+    """Puts a benchmark where the Hub has it."""
+    repo, config, splits = data.BENCHMARKS[name.partition(":")[0]]
+    split = name.partition(":")[2] or next(iter(splits))
+    if config.endswith(".jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        HUB.repos[f"datasets/{repo}"] = {config: text.encode()}
+    else:
+        HUB.rows[repo, config, split] = rows
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_benchmarks(shared, name):
+    """Guards counts, the order of pages, and gold answers as the files have them (thousands commas,
+    floats, zero padding, lists, an empty one), downloaded once."""
+    path, empty = FILES[name]
+    rows = [record for _, record in data.read_jsonl(shared / "benchmarks" / path)]
+    count = data.BENCHMARKS[name.partition(":")[0]][2][name.partition(":")[2] or "test"
+                                                      if name != "olympiadbench" else "train"]
+    assert len(rows) == count + (name == "olympiadbench")  # the Hub has 674 of the 675
+    publish(name, rows[:count])
+    problems = data.load_problems(name)
+    requests = len(HUB.seen)
+    assert requests == (1 if "aime25" in name or "500" in name else -(-count // 100))
+    assert data.load_problems(name) == problems and len(HUB.seen) == requests
+    assert len(problems) == count - empty
+    for problem, row in zip(problems, [row for row in rows[:count] if row.get("answer") != ""],
+                            strict=True):
+        assert problem["prompt"].endswith(data.SUFFIX) or "\\boxed" in problem["prompt"]
+        assert problem["prompt"].count("put your final answer within") <= 1
+        gold = problem["answer"]
+        if "gsm8k" in name:
+            gold = row["answer"].rpartition("#### ")[2]
+        elif name in ("amc23", "aime24", "aime25"):
+            gold = str(int(float(row["answer"])))
+        elif name == "olympiadbench":
+            gold, = row["final_answer"]
+        elif "answer" in row:
+            gold = row["answer"]
+        assert evaluate.is_correct(f"So it is \\boxed{{{gold}}}." if name != "math:test" else gold,
+                                   problem["answer"]), gold
+    assert not evaluate.is_correct("\\boxed{-123}", problems[0]["answer"])
+
+
+ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(1319)]
+
+
+def test_busy_hub_and_broken_connections():
+    """Guards giving up at the first 429 or broken connection, and rows doubled or lost by asking
+    again; the waits must grow."""
+    publish("gsm8k", ROWS)
+    HUB.faults["offset=300&"] = [429, 503, "broken", 500]
+    problems = data.load_problems("gsm8k", suffix="")
+    assert [problem["prompt"] for problem in problems] == [row["question"] for row in ROWS]
+    assert len(HUB.seen) == 14 + 4 and len(HUB.waits) == 4
+
+
+@pytest.mark.parametrize("name, fault, said", [
+    ("gsm8k", [404], "404"), ("gsm8k", [429] * 9, "429"), ("gsm8k", ["broken"] * 9, "closed"),
+    ("gsm8k", ["truncated"], "JSON|Expecting|Unterminated|delimiter"), ("aime25", [404], "404"),
+    ("aime25", ["broken"] * 9, "closed"), ("aime25", ["truncated"], "has 15 rows, not the 30"),
+    ("math500", [], "404"), ("amc23", [], "404")])
+def test_a_download_that_fails_leaves_nothing(name, fault, said, tmp_path):
+    """Guards a part of a benchmark that passes for all of it, now or from the cache later."""
+    if fault:
+        publish(name, ROWS if name == "gsm8k" else [
+            {"id": i, "problem": "p", "answer": 70} for i in range(10, 40)])
+    HUB.faults["gsm8k" if name == "gsm8k" else "aime25"] = list(fault)
+    for _ in range(2):
+        with pytest.raises(BadInput, match=rf"--benchmark {name}: .*({said})"):
+            data.load_problems(name)
+        HUB.faults.clear()
+        if not fault:
+            continue
+        assert not list((tmp_path / "cache").rglob("*.jsonl*"))
+        break
+    if fault:
+        assert len(data.load_problems(name)) == (1319 if name == "gsm8k" else 30)
+
+
+def test_short_data_sets_and_unknown_splits():
+    """Guards a server that ends early without an error, cells that it cut, and a typing error."""
+    publish("gsm8k", ROWS[:1300])
+    with pytest.raises(BadInput, match="openai/gsm8k has 1300 rows, not the 1319 expected"):
+        data.load_problems("gsm8k")
+    with pytest.raises(BadInput, match="--benchmark gsm8k:dev: the splits of gsm8k are test, train"):
+        data.load_problems("gsm8k:dev")
+    with pytest.raises(BadInput, match="gsm9k: cannot be read"):
+        data.load_problems("gsm9k")
+
+
+def model_files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_models_load_by_name(tmp_path, toy_model, monkeypatch):
+    """Guards the Hub's path of models: sharded, the same tensors as from the folder, no file that
+    is not needed, and nothing downloaded twice."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    ours = Transformer.from_pretrained(tmp_path / "m")
+    ours.save_pretrained(tmp_path / "m", max_shard_size=40_000)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    extra = {"pytorch_model.bin": b"1", "README.md": b"2", "consolidated.safetensors": b"3",
+             "vocab.json": b"{}", "original/model.pth": b"4"}
+    files = model_files(tmp_path / "m")
+    assert sum(name.endswith(".safetensors") for name in files) >= 2
+    HUB.repos["models/org/name"] = {**files, **extra}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = data.load("org/name")
+    assert all(map(torch.equal, model.state_dict().values(), ours.state_dict().values()))
+    assert model.eos_token_ids == [3] and tokenizer.end == 3
+    asked = [path.rpartition("/")[2] for path in HUB.seen if "/resolve/" in path]
+    assert sorted(asked) == sorted(files)
+    HUB.seen.clear()
+    Transformer.from_pretrained("org/name")
+    assert not any("/resolve/" in path for path in HUB.seen)
+
+
+@pytest.mark.parametrize("fault, said", [
+    ([404], "404"), ([429] * 9, "429"), (["broken"] * 9, "closed"),
+    (["truncated"], "size|Consistency")])
+def test_a_model_that_fails_to_download_is_named(toy_model, tmp_path, monkeypatch, fault, said):
+    """Guards tracebacks of the client, and half a file of weights that counts as there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    HUB.repos["models/org/name"] = model_files(toy_model)
+    HUB.faults["model.safetensors"] = list(fault)
+    with pytest.raises(BadInput, match=rf"org/name: not a folder, and the Hub says: .*({said})"):
+        Transformer.from_pretrained("org/name")
+    HUB.faults.clear()
+    ours = Transformer.from_pretrained(toy_model).state_dict()
+    theirs = Transformer.from_pretrained("org/name").state_dict()
+    assert all(map(torch.equal, theirs.values(), ours.values()))
+
+
+def test_tiny_gated_model(tmp_path, monkeypatch):
+    """Guards the message for what needs a licence or a login."""
+    make_hf(tmp_path / "m")
+    HUB.repos["models/org/gated"] = model_files(tmp_path / "m")
+    HUB.faults["config.json"] = [403]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(BadInput, match="org/gated: .*403"):
+        data.load("org/gated")
