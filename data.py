@@ -290,16 +290,17 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def step_batches(examples: list[Example], step: int, batch_size: int, grad_accum: int,
-                 seed: int) -> list[Batch]:
+def step_batches(examples: list[Example], step: int, batch_size: int, grad_accum: int, seed: int,
+                 rewrite: Callable = lambda examples, first: examples) -> list[Batch]:
     """The micro-batches of optimizer step `step`: the next batch_size * grad_accum traces of an
     endless stream, shuffled anew each epoch. The stream depends on the seed alone, so a resumed run
-    reads what an uninterrupted one would. Neighbours in length share a micro-batch."""
+    reads what an uninterrupted one would. Neighbours in length share a micro-batch, which
+    `rewrite(its examples, number of its first)` may change."""
     size, count = batch_size * grad_accum, len(examples)
     chosen = [examples[shuffled(count, seed, i // count)[i % count]]
               for i in range(step * size, (step + 1) * size)]
     chosen.sort(key=lambda example: len(example.tokens))
-    return [collate(chosen[i:i + batch_size]) for i in range(0, size, batch_size)]
+    return [collate(rewrite(chosen[i:i + batch_size], i)) for i in range(0, size, batch_size)]
 
 
 def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
@@ -388,14 +389,14 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
     for k, choice in enumerate(record["choices"]):
         try:
             if "response" in record:
-                trace = encode(record, tokenizer, where)
-                ids = trace.tokens[trace.prompt:].tolist()
+                given = encode(record, tokenizer, where)
+                ids = given.tokens[given.prompt:].tolist()
                 values = echoed({**record, **choice}, ids, tokenizer)
             else:
                 ids, values = generated({**record, **choice}, tokenizer)
             bad = [t for t, x in enumerate(values) if x is None or not -9999 < x <= 1e-3]
             check(not bad, f"no log-probability: null or the floor, at token {bad[:1]}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             yield {}, (str(error) if isinstance(error, BadInput) else
                        f"no log-probabilities in a form known here: {error!r:.80}")
             continue
@@ -444,7 +445,7 @@ def echoed(reply: dict, ids: list[int], tokenizer: Tokenizer) -> list[float]:
 
 def reply_entries(logprobs: dict) -> list[dict]:
     """[{"token", "logprob", "bytes"}], the form of chats, also from that of completions."""
-    return logprobs.get("content") or [
+    return logprobs["content"] if "content" in logprobs else [
         {"token": token, "logprob": value} for token, value in
         zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
 
@@ -456,6 +457,8 @@ def spell(entries: list[dict], tokenizer: Tokenizer) -> list[int]:
     if all(name.startswith("token_id:") for name in names):
         return [int(name.removeprefix("token_id:")) for name in names]
     pieces = [bytes(entry.get("bytes") or entry["token"].encode()) for entry in entries]
+    if not pieces[-1]:  # the end of turn, where special tokens are skipped
+        pieces[-1] = tokenizer.backend.id_to_token(tokenizer.end).encode()
     text = b"".join(pieces).decode()
     split = tokenizer.backend.encode(text, add_special_tokens=False)
     check(len(split.ids) == len(pieces) and all(

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", help="HF folder; needed by kl, rkl, todi, gkd and their discord- forms")
     add("--tau", type=float, default=loss.TAU, help="of the DisCorD weight (default: %(default)s)")
     add("--beta", type=float, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
+    add("--on-policy", type=float, default=0.0,
+        help="share of the traces that the student writes anew each time (gkd; default: 0)")
     add("--epochs", type=float, default=3, help="passes over the traces (default: 3)")
     add("--steps", type=int, help="optimizer steps; if given, --epochs does not count")
     add("--batch-size", type=int, default=8, help="traces in a micro-batch (default: 8)")
@@ -67,8 +70,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                  "log_every", "save_every"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if not 0 <= args.beta <= 1:
-        parser.error(f"--beta {args.beta}: must lie between 0 and 1")
+    for name in ("beta", "on_policy"):
+        if not 0 <= (value := getattr(args, name)) <= 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must lie between 0 and 1")
     return args
 
 
@@ -105,6 +109,23 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
     hidden.backward(rows.grad)
     return sums
+
+
+def written_by(student: Transformer, examples: list[data.Example], first: int, step: int,
+               args: argparse.Namespace, vocab_size: int) -> list[data.Example]:
+    """GKD's costly part (arXiv 2306.13649): a share of the traces, chosen at random, gives way to
+    what the student now answers at temperature 1, at most as long as the longest one here."""
+    seeds = [(args.seed, step, first + i) for i in range(len(examples))]
+    own = [i for i, seed in enumerate(seeds)
+           if np.random.default_rng((*seed, 1)).random() < args.on_policy]
+    if own:
+        prompts = [examples[i].tokens[:examples[i].prompt].tolist() for i in own]
+        longest = max(len(example.tokens) - example.prompt for example in examples)
+        drawn = student.sample(prompts, longest, 1.0, [seeds[i] for i in own],
+                               vocab_size=vocab_size)
+        for i, prompt, (ids, _) in zip(own, prompts, drawn, strict=True):
+            examples[i] = data.Example(examples[i].id, np.array(prompt + ids), len(prompt), None)
+    return examples
 
 
 def sha256(file: Path) -> str:
@@ -156,6 +177,8 @@ def train(args: argparse.Namespace) -> dict:
     out, (name, weighted) = Path(args.out), loss.split_name(args.objective)
     check(name == "sft" or args.teacher, f"--objective {args.objective} needs the teacher's whole "
           "distribution: give --teacher; sft and discord do without a teacher in memory")
+    check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from the "
+          "teacher's tokens; kl, rkl, todi and gkd (and --teacher) can judge the student's own")
     check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
     check(args.resume or not (out / "run.json").exists(), f"{out}: holds a run already; add "
           "--resume to continue it, or choose another --out")
@@ -205,12 +228,17 @@ def train(args: argparse.Namespace) -> dict:
           f"\n  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
 
     # ---- loop
-    begin = last = time.perf_counter()
+    begin, last, writing = time.perf_counter(), time.perf_counter(), 0.0  # seconds
     pending: list[tuple[Tensor, list[str]]] = []  # of the steps since the last log line
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        batches = data.step_batches(examples, step, args.batch_size, args.grad_accum, args.seed)
+        waited = time.perf_counter()
+        batches = data.step_batches(
+            examples, step, args.batch_size, args.grad_accum, args.seed,
+            lambda some, first, step=step: written_by(student, some, first, step, args,
+                                                      tokenizer.vocab_size))
+        writing += time.perf_counter() - waited
         tokens = sum(len(batch.y) for batch in batches)
         sums = sum(backward(student, batch.to(args.device), args, tokens, tokenizer.vocab_size,
                             teacher) for batch in batches)
@@ -233,7 +261,9 @@ def train(args: argparse.Namespace) -> dict:
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
                 "lr": optimizer.param_groups[0]["lr"], "gb": evaluate.peak_memory_gb(args.device),
                 "tok/s": round(tokens / (time.perf_counter() - last))}
-        pending, last = [], time.perf_counter()
+        if args.on_policy:  # its cost: the share of the time
+            line["sampling"] = writing / (time.perf_counter() - last)
+        pending, last, writing = [], time.perf_counter(), 0.0
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
         progress.write(" ".join(f"{k} {v:<8.5g}" for k, v in line.items()).rstrip(), sys.stdout)

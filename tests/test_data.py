@@ -12,6 +12,7 @@ from conftest import make_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import evaluate
 from model import BadInput
 
 # name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
@@ -338,12 +339,45 @@ def test_toy_world_opens_in_transformers(tmp_path):
 
 
 def test_problem_fields(tmp_path):
-    """Guards the field names of the usual benchmarks and numbers as answers."""
-    file = write(tmp_path / "p.jsonl", {"question": "q", "answer": "x #### 3"},
-                 {"problem": "p", "expected_answer": 7, "id": "a"},
-                 {"prompt": "r", "solution": "s"})
-    assert data.load_problems(file) == [
-        {"id": "1", "prompt": "q", "answer": "x #### 3"}, {"id": "a", "prompt": "p", "answer": "7"},
-        {"id": "3", "prompt": "r", "answer": "s"}]
+    """Guards the field names of the usual benchmarks, numbers and lists as answers, JSON lists, and
+    what has no answer."""
+    rows = [{"question": "q", "answer": "x #### 3"},
+            {"problem": "p", "expected_answer": 7.0, "id": "a"},
+            {"prompt": "r", "answer": None, "solution": "s"}, {"prompt": "t", "answer": ""},
+            {"question": "u", "final_answer": ["$1$", "$2$"], "context": None}]
+    expected = [
+        {"id": "1", "prompt": "q", "answer": "x #### 3"},
+        {"id": "a", "prompt": "p", "answer": "7.0"}, {"id": "3", "prompt": "r", "answer": "s"},
+        {"id": "5", "prompt": "u", "answer": "$1$, $2$"}]
+    assert data.load_problems(write(tmp_path / "p.jsonl", *rows)) == expected
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    assert data.load_problems(tmp_path / "p.json") == expected
+    for text, said in (("{}", "no problem with an answer"), ('["x"]', "entry 1: not a JSON object"),
+                       ("[{", "not valid JSON"), ("7", "not valid JSON")):
+        (tmp_path / "p.json").write_text(text)
+        with pytest.raises(BadInput, match=said):
+            data.load_problems(tmp_path / "p.json")
     with pytest.raises(BadInput, match=r"p\.jsonl line 1: no field prompt or question or problem"):
         data.load_problems(write(tmp_path / "p.jsonl", {"answer": "3"}))
+    with pytest.raises(BadInput, match=r"p\.jsonl line 1: no field answer or final_answer"):
+        data.load_problems(write(tmp_path / "p.jsonl", {"prompt": "3"}))
+
+
+def test_one_place_renders_prompts(toy_model, tmp_path):
+    """Guards a system prompt or suffix that is lost between sampling, scoring and training, or
+    doubled: the traces of an evaluation are trained on with the very string that was asked."""
+    boxed = "5\n put it within \\boxed{}."
+    file = write(tmp_path / "p.jsonl", {"prompt": "1 a+2", "answer": "5"},
+                 {"prompt": boxed, "answer": "5"})
+    problems = data.load_problems(file, "\n \\boxed{}", "b*3")
+    model, tokenizer = data.load(toy_model)
+    records = list(evaluate.answers(model, tokenizer, problems, max_new_tokens=3))
+    records.sort(key=lambda record: record["id"])
+    assert [record["rendered"] for record in records] == [
+        f"<system> b*3 <user> {said} <assistant>" for said in ("1 a+2\n \\boxed{}", boxed)]
+    for record, prompt in zip(records, evaluate.ask(problems, tokenizer), strict=True):
+        example = data.encode(record, tokenizer, "line 1")
+        assert example.tokens[:example.prompt].tolist() == prompt
+        assert prompt == tokenizer.encode(record["rendered"])
+    again = data.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}", "b*3")
+    assert evaluate.ask(again, tokenizer) == evaluate.ask(problems, tokenizer)

@@ -115,7 +115,7 @@ def test_short_data_sets_and_unknown_splits():
     publish("gsm8k", ROWS[:1300])
     with pytest.raises(BadInput, match="openai/gsm8k has 1300 rows, not the 1319 expected"):
         data.load_problems("gsm8k")
-    with pytest.raises(BadInput, match="--benchmark gsm8k:dev: the splits of gsm8k are test, train"):
+    with pytest.raises(BadInput, match=r"gsm8k:dev: the splits of gsm8k are test, train"):
         data.load_problems("gsm8k:dev")
     with pytest.raises(BadInput, match="gsm9k: cannot be read"):
         data.load_problems("gsm9k")
@@ -170,5 +170,5 @@ def test_tiny_gated_model(tmp_path, monkeypatch):
     HUB.repos["models/org/gated"] = model_files(tmp_path / "m")
     HUB.faults["config.json"] = [403]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(BadInput, match="org/gated: .*403"):
+    with pytest.raises(BadInput, match=r"org/gated: .*403"):
         data.load("org/gated")

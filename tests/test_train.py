@@ -310,6 +310,7 @@ def test_objectives_that_lack_their_teacher(toy_model, traces, tmp_path):
     refused("--objective kl needs the teacher's whole distribution: give --teacher",
             "--objective", "kl")
     refused("--objective discord-gkd needs the teacher", "--objective", "discord-gkd")
+    refused("--on-policy: discord learns from the teacher's tokens", "--on-policy", "0.5")
     refused("sft uses no --teacher", "--objective", "sft", "--teacher", str(toy_model))
     bare = tmp_path / "bare.jsonl"
     data.write_jsonl(bare, [data.toy_trace(random.Random(0))])
@@ -339,7 +340,51 @@ def test_teacher_in_memory_equals_stored_scalars(toy_model, tmp_path):
     assert largest_difference(weights(tmp_path / "a"), weights(tmp_path / "c")) > 1e-2
 
 
+def test_on_policy_batches(toy_model, traces, tmp_path):
+    """Guards GKD's share of self-written answers: their number, prompts that change, answers that
+    are not the present student's, an end of turn that is lost."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(toy_model, teacher)
+    make_hf(teacher, "qwen2", vocab_size=129, seed=7)
+    more = ["--objective", "gkd", "--teacher", str(teacher), "--on-policy"]
+    student, tokenizer = data.load(toy_model)
+    examples, _ = data.load_traces(traces, tokenizer, 64)
+    known, rewritten, finished = {example.id: example for example in examples}, 0, 0
+    for step in range(20):
+        args = options(toy_model, traces, tmp_path / "x", *more, "0.3")
+        some = list(examples[:10])
+        for i, example in enumerate(train.written_by(student, some, 0, step, args, 129)):
+            old = known[example.id]
+            assert example.prompt == old.prompt and i < 10
+            assert (example.tokens[:old.prompt] == old.tokens[:old.prompt]).all()
+            if example is not old:
+                rewritten += 1
+                response = example.tokens[example.prompt:].tolist()
+                assert len(response) <= max(len(e.tokens) - e.prompt for e in examples[:10])
+                assert tokenizer.end not in response[:-1]
+                finished += response[-1] == tokenizer.end
+                prompt = example.tokens[:example.prompt].tolist()
+                assert student.generate([prompt], len(response), 1.0, [(0, step, i)],
+                                        vocab_size=129) == [response]
+    assert 40 < rewritten < 80 and finished > 0  # 60 expected, with a deviation of 6.5
+    train.train(options(toy_model, traces, tmp_path / "off", *more, "0"))
+    train.train(options(toy_model, traces, tmp_path / "on", *more, "0.5"))
+    assert largest_difference(weights(tmp_path / "off"), weights(tmp_path / "on")) > 1e-2
+    lines = [json.loads(line) for line in open(tmp_path / "on" / "log.jsonl")]
+    assert all(0 < line["sampling"] < 1 for line in lines)
+
+
+def test_on_policy_resumes_bit_for_bit(toy_model, traces, tmp_path, monkeypatch):
+    """Guards draws that depend on what was drawn before the interruption."""
+    more = ["--objective", "gkd", "--teacher", str(toy_model), "--on-policy", "0.5"]
+    train.train(options(toy_model, traces, tmp_path / "whole", *more))
+    interrupted(monkeypatch, options(toy_model, traces, tmp_path / "cut", *more), 7)
+    train.train(options(toy_model, traces, tmp_path / "cut", *more, "--resume"))
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+
+
 @pytest.mark.parametrize("argv, message", [
+    (["--on-policy", "2"], "--on-policy 2.0: must lie between 0 and 1"),
     (["--student", "s"], "give --student, --traces and --out"),
     (["--student", "s", "--traces", "t"], "give --student, --traces and --out"),
     (["--tau", "0"], "--tau 0.0: must be above 0"), (["--lr", "nan"], "--lr nan: must be above 0"),
