@@ -521,7 +521,7 @@ def mix(args: argparse.Namespace) -> None:
         limit, text = int(1.5 * lengths.get(str(record.get("id")), 0)), record.get("response")
         ids = response_ids(record, text, tokenizer, where)[:limit] if text else []
         cut = record.get("finished") is False or len(ids) == limit
-        if ids and (cut or (args.wrong and record.get("correct") is False)):
+        if ids and (cut or args.all):
             ids = [i for i in ids if i != tokenizer.end]
             problems.append({
                 **{key: record[key] for key in ("prompt", "messages") if key in record},
@@ -529,7 +529,7 @@ def mix(args: argparse.Namespace) -> None:
                 "answer": text_field(record, ["answer"], where),
                 "prefix": ids[:rng.randint(len(ids) // 2 + 1, len(ids))]})
     check(problems, f"{args.answers}: no answer was cut off, so there is nothing to go on from; "
-          "--wrong takes wrong answers as well")
+          "--all takes all answers")
     write_jsonl(args.out, problems)
     print(f"{args.out}: {len(problems)} of {len(answers)} answers to go on from, after "
           f"{np.mean([len(problem['prefix']) for problem in problems]):.1f} tokens on average")
@@ -749,7 +749,7 @@ def main(argv: list[str] | None = None) -> None:
             "--traces": (str, "T.jsonl: the teacher's, to the same problems"),
             "--student": (str, "HF folder or Hub name, for its tokenizer"),
             "--out": (str, "PROBLEMS.jsonl for the teacher's evaluation"),
-            "--wrong": (False, "wrong answers as well (where nothing is cut off)"),
+            "--all": (False, "go on from all answers (where none is cut off)"),
             "--seed": (0, "of the lengths that are kept")}}, argv)
 
 

@@ -326,7 +326,7 @@ def test_select_with_another_tokenizer(tokenizer, tmp_path):
 
 def test_mix(toy_model, tmp_path, capsys):
     """Guards which answers become problems (cut off, or beyond 1.5 times the teacher's length;
-    wrong ones only if asked for), prefixes of half or less, and prompts or golds that get lost.
+    all only if asked for), prefixes of half or less, and prompts or golds that get lost.
     Then the teacher goes on from there: its answer begins with the prefix, all of it scored."""
     tokenizer = data.Tokenizer(toy_model)
     teacher = [{"id": i, "prompt": f"{i} a+2", "answer": "5", "response": "a=1 b=2 c=3 #### 5",
@@ -351,9 +351,9 @@ def test_mix(toy_model, tmp_path, capsys):
             assert set(problem["prefix"]) == {tokenizer.vocab["a=1"]}
             lengths.add(len(problem["prefix"]))
     assert lengths == {5, 6, 7, 8, 9}
-    data.main([*command, "0", "--wrong"])
+    data.main([*command, "0", "--all"])
     problems = data.load_problems(tmp_path / "out.jsonl")
-    assert [problem["id"] for problem in problems] == ["0/2", "1/0", "2/0"]
+    assert [problem["id"] for problem in problems] == ["0/2", "1/0", "2/0", "3/0"]
     assert tokenizer.end not in problems[2]["prefix"] and len(problems[2]["prefix"]) >= 3
 
     model, tokenizer = data.load(toy_model)
