@@ -1,15 +1,17 @@
-"""Tokenizers, chat templates, traces, batches and problems; `python data.py score --help`.
+"""Tokenizers, chat templates, traces, benchmarks, batches; `python data.py --help`.
 
-A trace is one line of a JSONL file, written by `evaluate.py accuracy` or by any tool of yours:
+A trace is one line of JSONL, from `evaluate.py accuracy`, `data.py score` or a tool of yours:
 
->>> trace = {"id": "17", "prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0", "answer": "0",
-...          "teacher_logprobs": [-0.9163, -0.0001, 0.0, 0.0, 0.0], "correct": True}
+>>> trace = {"id": 3, "prompt": "0 a+4 b-2 c-3 d*2 e+3 f*2", "response": "b=2 d=8 f=2 #### 2",
+...          "teacher_logprobs": [-0.3878, -0.8581, -0.3085, -0.0, -0.0, 0.0], "answer": "2",
+...          "correct": True, "finished": True}
 
 `prompt` is what the user says, or `messages` a list of {"role", "content"}, whose last turn may be
 the response. `response` is what the teacher wrote. All else is optional. `teacher_logprobs`
 are the teacher's log-probabilities of the response's tokens and of the end-of-turn token behind
 them (natural log, temperature 1), `tokens` their ids where the text is not split into just these. A
-record with a false `correct` or `finished` is left out of training, and counted.
+record with a false `correct` or `finished` is left out of training, and counted. Fields that are
+not named here are kept and not read.
 """
 
 import argparse

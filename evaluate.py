@@ -542,6 +542,19 @@ def accuracy(args: argparse.Namespace) -> None:
     print(f"{describe(records)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
 
 
+def grade(args: argparse.Namespace) -> None:
+    """Adds verdicts to traces from elsewhere that have an `answer`; training needs them right."""
+    records = []
+    for where, record in data.read_jsonl(args.traces):
+        response, gold = (data.conversation(record, where)[1],
+                          data.text_field(record, ["answer"], where))
+        records.append({**record, "extracted": extract_answer(response),
+                        "correct": is_correct(response, gold)})
+    check(records, f"{args.traces}: the file is empty")
+    data.write_jsonl(args.out, records)
+    print(f"{args.out}: {sum(r['correct'] for r in records)} of {len(records)} traces are right")
+
+
 def compare(args: argparse.Namespace) -> None:
     """Paired comparison of two files of answers to the same problems: what "A beats B" means."""
     sides = [read_answers(file) for file in args.files]
@@ -765,6 +778,8 @@ def main(argv: list[str] | None = None) -> None:
             "--samples": (1, "answers to each problem"),
             "--temperature": (0.0, "of sampling; 0 is greedy"),
             "--top-p": (1.0, "nucleus sampling below 1")},
+        grade: {"--traces": (str, "T.jsonl: traces with an `answer`"),
+                "--out": (str, "OUT.jsonl: the same traces with verdicts")},
         compare: {"files": (2, "ANSWERS.jsonl of A and of B")},
         exposure: {
             "--teacher": (str, name), "--student": (str, name), **answering,

@@ -303,6 +303,7 @@ def toy(args: argparse.Namespace) -> None:
     runs = [root / "teacher", home / "student"]
     for name in dict.fromkeys(("sft", args.objective)):
         knobs = " --lr {lr} --steps {steps}" + " --tau {tau} --beta {beta}" * (name != "sft")
+        knobs += " --on-policy {on_policy}" * bool(args.on_policy and name != "sft")
         runs.append(home / "-".join([name, *words(knobs)[1::2]]))
         knobs += " --teacher {root}/teacher" * (loss.split_name(name)[0] != "sft")
         train(parse_args(words(

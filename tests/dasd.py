@@ -66,8 +66,8 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
         scores = []
         for temperature in (0, 1):
             file = f"{{out}}/{name}/held-out-{temperature}.jsonl"
-            run(evaluate.main, f"accuracy --model {{out}}/{name} --benchmark {{root}}/held-out.jsonl "
-                               f"--temperature {temperature} --out {file} " + ANSWER)
+            run(evaluate.main, f"accuracy --model {{out}}/{name} --temperature {temperature} --out "
+                               f"{file} --benchmark {{root}}/held-out.jsonl {ANSWER}")
             records = evaluate.read_answers(file.format(out=out))
             scores.append(evaluate.summarise(records)["accuracy"])
         found[name] = tuple(scores)
@@ -75,8 +75,9 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    results = [stages(int(seed)) for seed in sys.argv[1:] or ["0"]]
-    print(f"\n| stage, seeds {' '.join(sys.argv[1:]) or '0'} | greedy | sampled, T = 1 |\n|---|---|---|")
+    seeds = sys.argv[1:] or ["0"]
+    results = [stages(int(seed)) for seed in seeds]
+    print(f"\n| seeds {' '.join(seeds)} | greedy | sampled, T = 1 |\n|---|---|---|")
     for row, text in ROWS.items():
         values = np.array([result[row] for result in results])
         spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(2)

@@ -1,5 +1,6 @@
 """data.py: templates and ids against transformers, masks, batches, scoring, broken files."""
 
+import doctest
 import json
 import math
 import random
@@ -188,6 +189,23 @@ def write(path, *records):
 
 
 GOOD = {"prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0"}
+
+
+def test_the_documented_record(toy_model, tmp_path):
+    """Guards a docstring that no longer says how a trace looks (it is a real one, of the toy's
+    teacher), and a stored signal of more than 8 bytes a token."""
+    source = doctest.DocTestParser().get_examples(data.__doc__)[0].source
+    exec(source, names := {})  # noqa: S102
+    trace, tokenizer = names["trace"], data.Tokenizer(toy_model)
+    examples, dropped = data.load_traces(write(tmp_path / "t.jsonl", trace), tokenizer, 64, True)
+    assert not dropped and examples[0].id == "3" and examples[0].p_logp.tolist() == [
+        np.float32(value) for value in trace["teacher_logprobs"]]
+    assert tokenizer.decode(examples[0].tokens[examples[0].prompt:].tolist()) == trace["response"]
+    assert evaluate.is_correct(trace["response"], trace["answer"])
+    for name in ("messages", "tokens", *trace):
+        assert f"`{name}`" in data.__doc__ or f'"{name}"' in source
+    stored = json.dumps(trace["teacher_logprobs"], separators=(",", ":"))
+    assert len(stored) <= 8 * len(trace["teacher_logprobs"])
 
 
 def test_left_out_traces_are_counted(toy_model, tmp_path):
