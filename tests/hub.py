@@ -20,6 +20,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.rows, self.faults, self.seen = {}, {}, {}, []
+        self.page, self.truncated = 100, []  # rows a page at most; cells of the last row cut off
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -64,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
             start, length = int(query["offset"]), int(query["length"])
             page = {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
                 {"row_idx": start + i, "row": row, "truncated_cells": []}
-                for i, row in enumerate(rows[start:start + min(length, 100)])]}
+                for i, row in enumerate(rows[start:start + min(length, hub.page)])]}
+            page["rows"][-1]["truncated_cells"] = hub.truncated
             return self.reply(json.dumps(page).encode(), fault=fault)
         kind = "datasets" if "datasets/" in path[:13] else "models"
         parts = path.removeprefix("api/").removeprefix(f"{kind}/").split("/")

@@ -110,11 +110,20 @@ def test_a_download_that_fails_leaves_nothing(name, fault, said, tmp_path):
         assert len(data.load_problems(name)) == (1319 if name == "gsm8k" else 30)
 
 
-def test_short_data_sets_and_unknown_splits():
-    """Guards a server that ends early without an error, cells that it cut, and a typing error."""
+def test_short_data_sets_and_unknown_splits(monkeypatch):
+    """Guards a server that ends early without an error, cells that it cut, pages that are shorter
+    than asked for, and a typing error."""
     publish("gsm8k", ROWS[:1300])
     with pytest.raises(BadInput, match="openai/gsm8k has 1300 rows, not the 1319 expected"):
         data.load_problems("gsm8k")
+    publish("gsm8k", ROWS)
+    monkeypatch.setattr(HUB, "truncated", ["question"])
+    with pytest.raises(BadInput, match=r"gsm8k: .*the rows from 0 on are not whole"):
+        data.load_problems("gsm8k")
+    monkeypatch.setattr(HUB, "truncated", [])
+    monkeypatch.setattr(HUB, "page", 60)
+    assert [problem["prompt"] for problem in data.load_problems("gsm8k", "")] == [
+        row["question"] for row in ROWS]
     with pytest.raises(BadInput, match=r"gsm8k:dev: the splits of gsm8k are test, train"):
         data.load_problems("gsm8k:dev")
     with pytest.raises(BadInput, match="gsm9k: cannot be read"):

@@ -186,6 +186,7 @@ def test_replies_that_cannot_be_used(tokenizer, tmp_path, capsys):
         (chat(pieces, values, logprobs=None), "no log-probabilities in a form known here"),
         ({"finish_reason": "stop", "text": TEXT}, "no log-probabilities in a form known here"),
         (chat([b"It is", *pieces[3:]], values[2:]), "other tokens: this tokenizer splits the text"),
+        (chat([b"I", b"t ", b"is", *pieces[3:]], values), "other tokens: this tokenizer splits"),
         (chat([b"\xf0", *pieces], [-1.0, *values]), "no log-probabilities in a form known here"),
         (completion([f"token_id:{i}" for i in other_ids], [-1.0] * len(other_ids)), "other tokens"),
         (completion(["token_id:99999"], [-1.0]), "other tokens: ids out of range"),
@@ -350,6 +351,9 @@ def test_mix(toy_model, tmp_path, capsys):
         for problem in problems:
             assert set(problem["prefix"]) == {tokenizer.vocab["a=1"]}
             lengths.add(len(problem["prefix"]))
+        data.main([*command, str(seed), "--all"])
+        everything = [record["prefix"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
+        assert not any(tokenizer.end in prefix for prefix in everything)
     assert lengths == {5, 6, 7, 8, 9}
     data.main([*command, "0", "--all"])
     problems = data.load_problems(tmp_path / "out.jsonl")
