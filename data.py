@@ -41,6 +41,8 @@ from tqdm import tqdm  # comes with huggingface-hub
 
 from model import BadInput, Config, Transformer, check, fetch, read_json
 
+# ---- Tokenizers and chat templates
+
 
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
@@ -144,6 +146,9 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
           f"{model.config.vocab_size} rows; is it another model's tokenizer?")
     model.eos_token_ids = sorted({*model.eos_token_ids, tokenizer.end})
     return model, tokenizer
+
+
+# ---- Traces: from a line of JSONL to token ids
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -259,6 +264,9 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher
     return examples, dropped
 
 
+# ---- Batches
+
+
 class Batch(NamedTuple):
     """B traces padded on the right to T columns, and the N positions that are supervised."""
 
@@ -321,6 +329,9 @@ def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int 
     logits = (model.logits(rows)[:, :vocab_size].float() for rows in hidden.split(chunk))
     return torch.cat([rows.log_softmax(-1).gather(-1, y[:, None])[:, 0]
                       for rows, y in zip(logits, batch.y.split(chunk), strict=True)])
+
+
+# ---- score, select, mix: JSONL in, JSONL out
 
 
 def logps(model: Transformer, examples: list[Example], vocab_size: int,
@@ -388,68 +399,54 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
     check(isinstance(record.get("choices"), list), f"{where}: no choices, so no server's reply; "
           "to score it with a local model give --teacher")
     known = {key: record[key] for key in ("id", "prompt", "messages", "answer") if key in record}
+    given = encode(record, tokenizer, where) if "response" in record else None
     for k, choice in enumerate(record["choices"]):
         try:
-            if "response" in record:
-                given = encode(record, tokenizer, where)
-                ids = given.tokens[given.prompt:].tolist()
-                values = echoed({**record, **choice}, ids, tokenizer)
-            else:
-                ids, values = generated({**record, **choice}, tokenizer)
-            bad = [t for t, x in enumerate(values) if x is None or not -9999 < x <= 1e-3]
-            check(not bad, f"no log-probability: null or the floor, at token {bad[:1]}")
+            ids, logp = reply_tokens({**record, **choice}, tokenizer,
+                                     given and given.tokens[given.prompt:].tolist())
+            bad = [t for t, x in enumerate(logp) if x is None or not -9999 < x <= 1e-3]
+            check(not bad, f"no log-probability: null or the floor -9999, at token {bad[:1]}")
         except (LookupError, TypeError, ValueError) as error:
             yield {}, (str(error) if isinstance(error, BadInput) else
                        f"no log-probabilities in a form known here: {error!r:.80}")
             continue
         yield {**known, "teacher": record.get("model", "a server"), "sample": k,
-               **trace(ids, values, tokenizer, finished=True)}, ""
+               **trace(ids, logp, tokenizer, finished=True)}, ""
 
 
-def generated(reply: dict, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    """Ids and log-probabilities of what a server wrote, the end of turn last. OpenAI's API does not
-    return that one: it was certain enough to end the answer, so log p = 0."""
-    check(reply.get("finish_reason", "stop") == "stop", "unfinished: finish_reason "
-          f"{reply.get('finish_reason')}")
-    logprobs, end = reply["logprobs"], 0.0
-    if isinstance(logprobs, list):  # vLLM offline: a table {id: {"logprob"}} for each token
-        ids = reply["token_ids"]
-        values = [table[str(i)]["logprob"] for i, table in zip(ids, logprobs, strict=True)]
+def reply_tokens(reply: dict, tokenizer: Tokenizer,
+                 given: list[int] | None) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of what a server wrote, the end of turn last; or of the response
+    given to it."""
+    logprobs, ids = reply.get("logprobs"), None if given else reply.get("token_ids")
+    if given and "prompt_logprobs" in reply:
+        logprobs, ids = reply["prompt_logprobs"][-len(given):], given
+    if isinstance(logprobs, list):  # vLLM: a table {id: {"logprob"}} for each token
+        logp = [table.get(str(i), {}).get("logprob")
+                for i, table in zip(ids, logprobs, strict=True)]
     else:
-        entries = reply_entries(logprobs)
-        if entries[0]["logprob"] is None:  # an echo of the prompt comes first
-            entries = entries[reply["usage"]["prompt_tokens"]:]
-        ids, values = reply.get("token_ids"), [entry["logprob"] for entry in entries]
-        ids = ids or spell(entries, tokenizer)
+        entries = logprobs["content"] if "content" in logprobs else [
+            {"token": token, "logprob": value} for token, value in
+            zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+        prompt = reply.get("usage", {}).get("prompt_tokens")
+        if given:  # the end of the echo, without what was generated behind it
+            entries = entries[:prompt][-len(given):]
+        elif entries[0]["logprob"] is None:  # an echo of the prompt comes first
+            entries = entries[prompt:]
+        ids, logp = ids or spell(entries, tokenizer), [entry["logprob"] for entry in entries]
+    if given:
+        check(ids == given, "other tokens: the prompt does not end in the response and its end")
+        return ids, logp
+    why = reply.get("finish_reason", "stop")
+    check(why == "stop", f"unfinished: finish_reason {why}")
     check(all(i in range(tokenizer.vocab_size) for i in ids), "other tokens: ids out of range")
-    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items()
-               if token.special}
-    if ids[-1] in special:
-        ids, values, end = ids[:-1], values[:-1], values[-1]
+    end, added = 0.0, tokenizer.backend.get_added_tokens_decoder()
+    if ids[-1] in added and added[ids[-1]].special:
+        ids, logp, end = ids[:-1], logp[:-1], logp[-1]  # else (OpenAI) it was sure enough to stop
     text, said = tokenizer.decode(ids), reply.get("text", reply.get("message", {}).get("content"))
-    check(len(ids) == len(values) and (not said or said.strip() in text or text in said),
+    check(len(ids) == len(logp) and (not said or said.strip() in text or text in said),
           f"other tokens: its ids do not spell its text; {OTHER_TOKENS}")
-    return [*ids, tokenizer.end], [*values, end]
-
-
-def echoed(reply: dict, ids: list[int], tokenizer: Tokenizer) -> list[float]:
-    """The log-probabilities of a given response at the end of what a server was given."""
-    if tables := reply.get("prompt_logprobs"):
-        tables = tables[-len(ids):]
-        check(all(str(i) in table for i, table in zip(ids, tables, strict=True)), "other tokens: "
-              "the prompt does not end in the response and its end of turn")
-        return [table[str(i)]["logprob"] for i, table in zip(ids, tables, strict=True)]
-    entries = reply_entries(reply["logprobs"])[:reply["usage"]["prompt_tokens"]][-len(ids):]
-    check(spell(entries, tokenizer) == ids, "other tokens: the prompt does not end in the response "
-          "and its end of turn")
-    return [entry["logprob"] for entry in entries]
-
-
-def reply_entries(logprobs: dict) -> list[dict]:
-    """[{"token", "logprob", "bytes"}], the form of chats, also from that of completions."""
-    return logprobs["content"] if "content" in logprobs else [
-        {"token": token, "logprob": value} for token, value in
-        zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+    return [*ids, tokenizer.end], [*logp, end]
 
 
 def spell(entries: list[dict], tokenizer: Tokenizer) -> list[int]:
@@ -547,6 +544,7 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     temporary.replace(path)
 
 
+# ---- Problems
 # The benchmarks that have a name: the Hub's data set; its configuration, or its file where there is
 # JSONL; the rows of each split (the first is meant where none is given).
 BENCHMARKS = {
@@ -632,9 +630,9 @@ def load_problems(benchmark: str | Path, suffix: str | None = None, system: str 
     return problems
 
 
-# The toy world. A problem is a digit and six operations, all modulo 10; a trace has the value after
-# each of them, and then the answer. The teacher often writes only the second value of two: a step
-# that a network of one layer cannot follow, since it needs the first value to find the second.
+# ---- The toy world. A problem is a digit and six operations, all modulo 10; a trace has the value
+# after each of them, and then the answer. The teacher often writes only the second value of two: a
+# step that a network of one layer cannot follow, since it needs the first to find the second.
 LETTERS, SIGNS = "abcdef", {"+": operator.add, "-": operator.sub, "*": operator.mul}
 TOY_TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == "
                 "'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}")
@@ -693,6 +691,9 @@ def build_toy(root: Path, seed: int) -> None:
         if not file.exists():
             rng = random.Random(str(file.relative_to(root)))
             write_jsonl(file, ({"id": i, **toy_trace(rng, **kind)} for i in range(count)))
+
+
+# ---- The command line of this file and of evaluate.py
 
 
 MODEL_OPTIONS = {"--dtype": ("float32", "or bfloat16: of the model"),

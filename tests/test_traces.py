@@ -165,7 +165,7 @@ def test_given_traces_scored_by_a_server(tokenizer, tmp_path, form):
     record, = score(tmp_path, {**given, "choices": [choice]})
     assert record["teacher_logprobs"] == values and record["response"] == TEXT
     choice["prompt_logprobs"] = [None, *({"3": {"logprob": -7.0}} for _ in whole.tokens[1:])]
-    return expect(tmp_path, {**given, "choices": [choice]}, "other tokens: the prompt does not end")
+    return expect(tmp_path, {**given, "choices": [choice]}, "no log-probability")
 
 
 def expect(tmp_path, record, reason):
@@ -180,8 +180,8 @@ def test_replies_that_cannot_be_used(tokenizer, tmp_path, capsys):
     other = save_tokenizer(tmp_path / "other", ["\u0120It", "caf"])
     other_ids = [*other.encode(TEXT), other.end]
     bad = [
-        (chat(pieces, [*values[:3], -9999.0, *values[4:]]), r"null or the floor, at token \[3\]"),
-        (chat(pieces, [*values[:3], None, *values[4:]]), r"null or the floor, at token \[3\]"),
+        (chat(pieces, [*values[:3], -9999.0, *values[4:]]), r"the floor -9999, at token \[3\]"),
+        (chat(pieces, [*values[:3], None, *values[4:]]), r"the floor -9999, at token \[3\]"),
         (chat(pieces, values, finish_reason="length"), "unfinished: finish_reason length"),
         (chat(pieces, values, logprobs=None), "no log-probabilities in a form known here"),
         ({"finish_reason": "stop", "text": TEXT}, "no log-probabilities in a form known here"),
