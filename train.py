@@ -198,6 +198,7 @@ def train(args: argparse.Namespace) -> dict:
     run = open_run(args, {
         "commit": evaluate.commit(), "torch": torch.__version__, "python": sys.version.split()[0],
         "traces": len(examples), "dropped": dropped,
+        "sample": data.show(examples[0], tokenizer, color=False),
         "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")})
     if "seconds" in run:
         print(f"{out}: this run is finished")

@@ -104,6 +104,21 @@ def test_thinking_is_not_eaten(shared, tmp_path):
     assert response[0] == tokenizer.vocab["<think>"] and response[-1] == tokenizer.end
 
 
+@pytest.mark.parametrize("name", ["DeepSeek-R1-Distill-Qwen (2025-02 template)",
+                                  "Qwen3-4B-2507-Thinking", "Qwen3"])
+def test_thinking_is_opened_once(shared, tmp_path, name):
+    """Guards <think> twice where the real template opens the thinking and the trace does, too, and
+    training on another prompt than the one that generation starts from."""
+    tokenizer = real_tokenizer(shared, tmp_path, name)
+    for response in ("<think>\nAdd.\n</think>\n\n4", "Add.\n</think>\n\n4"):
+        example = data.encode({"prompt": "2+2?", "response": response}, tokenizer, "line 1")
+        text = tokenizer.backend.decode(example.tokens, skip_special_tokens=False)
+        assert text.count("<think>") == (1 if name != "Qwen3" else response.count("<think>"))
+        prompt = tokenizer.prompt([{"role": "user", "content": "2+2?"}])
+        assert example.tokens[:len(prompt)].tolist() == prompt
+        assert "Add.\n</think>\n\n4" in text
+
+
 def test_padding_baked_into_a_tokenizer_is_ignored(toy_model, tmp_path):
     """Guards prompts that come back 128 tokens long, or cut (seen in a real fine-tune)."""
     raw = json.loads((toy_model / "tokenizer.json").read_text())

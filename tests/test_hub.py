@@ -74,6 +74,28 @@ def test_benchmarks(shared, name):
     assert not evaluate.is_correct("\\boxed{-123}", problems[0]["answer"])
 
 
+def test_golds_of_all_files(shared):
+    """Guards field names and spellings of the same golds: the copies of AIME hold the same answers,
+    as padded strings, as numbers and as `expected_answer`."""
+    found = {}
+    for file in sorted((shared / "benchmarks").rglob("*.jsonl")):
+        problems = data.load_problems(file)
+        found[f"{file.parent.name}/{file.name}"] = [problem["answer"] for problem in problems]
+    assert {name: len(golds) for name, golds in found.items()} == {
+        "aime24/test.jsonl": 30, "aime24/test.nemo-skills.jsonl": 30, "aime25/test.jsonl": 30,
+        "aime25/test.int-answers.jsonl": 30, "aime25/test.qwen-harness-style.jsonl": 30,
+        "amc23/test.jsonl": 40, "gsm8k/test.jsonl": 1319, "gsm8k/train.jsonl": 7473,
+        "math/test.jsonl": 5000, "math/train.answers-only.jsonl": 7498,
+        "math500/test.math_oai.jsonl": 500, "olympiadbench/test.jsonl": 675}
+    for year in ("aime24", "aime25"):
+        first, *others = [sorted(golds, key=lambda gold: int(gold)) for name, golds in found.items()
+                          if year in name]
+        for other in others:
+            assert all(map(evaluate.is_correct, first, other))
+    assert evaluate.is_correct("27", found["amc23/test.jsonl"][0])
+    assert evaluate.is_correct("\\boxed{25}", "025") and "025" in found["aime24/test.jsonl"]
+
+
 ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(1319)]
 
 
