@@ -288,11 +288,11 @@ def collate(examples: list[Example]) -> Batch:
     for b, example in enumerate(examples):
         tokens[b, :len(example.tokens) - 1] = example.tokens[:-1]
         rows.append(b * T + np.arange(example.prompt - 1, len(example.tokens) - 1))
-    y = np.concatenate([example.tokens[example.prompt:] for example in examples])
+    y = np.concatenate([example.tokens[example.prompt:] for example in examples]).astype(np.int64)
     known = all(example.p_logp is not None for example in examples)
-    p_logp = np.concatenate([example.p_logp for example in examples]) if known else None
-    return Batch(*(x if x is None else torch.from_numpy(x) for x in (
-        tokens, np.concatenate(rows), y.astype(np.int64), p_logp)), [e.id for e in examples])
+    p_logp = torch.from_numpy(np.concatenate([e.p_logp for e in examples])) if known else None
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(np.concatenate(rows)),
+                 torch.from_numpy(y), p_logp, [example.id for example in examples])
 
 
 @lru_cache(maxsize=2)

@@ -502,6 +502,24 @@ def peak_memory_gb(device: str) -> float:
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
 
+def broken_off(out: Path, setup: dict, resume: bool) -> list[dict]:
+    """The records of an evaluation that is to go on: of OUT.part, or of OUT if that was written."""
+    part = Path(f"{out}.part")
+    check(resume or not part.exists(), f"{part}: an evaluation was broken off here; add --resume "
+          "to go on, or remove the file")
+    if part.exists():
+        with open(part, "r+b") as file:  # the last line may be half a line
+            file.truncate(file.read().rfind(b"\n") + 1)
+    old = part if part.exists() and part.stat().st_size else out
+    if not (resume and old.exists()):
+        return []
+    records = read_answers(old)
+    for key, value in setup.items():
+        check(records[0]["setup"].get(key) == value, f"{old}: cannot resume: {key} was "
+              f"{records[0]['setup'].get(key)}, is now {value}; choose another --out")
+    return records
+
+
 def accuracy(args: argparse.Namespace) -> None:
     """Answers a benchmark, grades the answers, keeps a record of each, prints their accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature above 0: "
@@ -515,18 +533,7 @@ def accuracy(args: argparse.Namespace) -> None:
     home = Path(args.model) if Path(args.model).is_dir() else Path("answers", Path(args.model).name)
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     out = Path(args.out or home / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl")
-    part, records = Path(f"{out}.part"), []
-    check(args.resume or not part.exists(), f"{part}: an evaluation was broken off here; add "
-          "--resume to go on, or remove the file")
-    if part.exists():
-        with open(part, "r+b") as file:  # the last line may be half a line
-            file.truncate(file.read().rfind(b"\n") + 1)
-    old = part if part.exists() else out
-    if args.resume and old.exists() and old.stat().st_size:
-        records = read_answers(old)
-    for key, value in setup.items() if records else ():
-        check(records[0]["setup"].get(key) == value, f"{old}: cannot resume: {key} was "
-              f"{records[0]['setup'].get(key)}, is now {value}; choose another --out")
+    part, records = Path(f"{out}.part"), broken_off(out, setup, args.resume)
     done = {(str(record["id"]), record["sample"]) for record in records}
     if len(done) < len(problems) * args.samples:
         model, tokenizer = data.load(args.model, args.dtype, args.device)
@@ -537,8 +544,9 @@ def accuracy(args: argparse.Namespace) -> None:
                                   done):
                 records.append({**record, "setup": setup})
                 print(json.dumps(records[-1], ensure_ascii=False), file=file, flush=True)
-    data.write_jsonl(out, sorted(records, key=lambda r: (order[str(r["id"])], r["sample"])))
-    part.unlink(missing_ok=True)
+    if part.exists():
+        data.write_jsonl(out, sorted(records, key=lambda r: (order[str(r["id"])], r["sample"])))
+        part.unlink()
     print(f"{describe(records)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
 
 
@@ -733,7 +741,7 @@ def report(args: argparse.Namespace) -> None:
             lengths += [summary["mean_tokens"] for summary in found]
         seconds = np.mean([one["run"]["seconds"] for one in group])
         table.append([name, len(group), *cells, f"{np.mean(lengths):.1f}" if lengths else "",
-                      group[0]["run"]["options"]["steps"], f"{seconds:.0f}"])
+                      group[0]["run"]["steps"], f"{seconds:.0f}"])
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
     for row in [table[0], ["-" * width for width in widths], *table[1:]]:
         print("|", " | ".join(f"{cell!s:<{w}}" for cell, w in zip(row, widths, strict=True)), "|")

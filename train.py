@@ -133,15 +133,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def open_run(args: argparse.Namespace, facts: dict) -> dict:
-    """run.json of --out: a new one; or with --resume the old one, if its options are the same."""
+def open_run(args: argparse.Namespace) -> dict:
+    """run.json of --out, if it is there and has these options; else only the options."""
     out, file = Path(args.out), Path(args.out, "run.json")
     options = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
     options["traces_sha256"] = sha256(Path(args.traces))
     if not file.exists():
         check(not out.exists() or not any(out.iterdir()),
               f"{out}: not empty, but no run of train.py; choose another --out")
-        data.write_jsonl(file, [{**facts, "options": options}])
+        return {"options": options}
+    check(args.resume, f"{out}: holds a run already; add --resume to continue it, or choose "
+          "another --out")
     run = read_json(file)
     for key, now in options.items():
         check(run["options"].get(key) == now, f"{out}: cannot resume: {key} was "
@@ -180,10 +182,12 @@ def train(args: argparse.Namespace) -> dict:
     check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from the "
           "teacher's tokens; kl, rkl, todi and gkd (and --teacher) can judge the student's own")
     check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
-    check(args.resume or not (out / "run.json").exists(), f"{out}: holds a run already; add "
-          "--resume to continue it, or choose another --out")
+    run = open_run(args)
+    if "seconds" in run:
+        print(f"{out}: this run is finished")
+        return run
 
-    # ---- models, traces, folder
+    # ---- models, traces
     checkpoint, teacher = last_checkpoint(out), None
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
     if args.teacher:
@@ -195,14 +199,13 @@ def train(args: argparse.Namespace) -> dict:
                                          teacher=weighted and teacher is None)
     args.steps = args.steps or math.ceil(
         args.epochs * len(examples) / (args.batch_size * args.grad_accum))
-    run = open_run(args, {
-        "commit": evaluate.commit(), "torch": torch.__version__, "python": sys.version.split()[0],
-        "traces": len(examples), "dropped": dropped,
-        "sample": data.show(examples[0], tokenizer, color=False),
-        "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")})
-    if "seconds" in run:
-        print(f"{out}: this run is finished")
-        return run
+    if "steps" not in run:
+        run |= {
+            "commit": evaluate.commit(), "torch": torch.__version__,
+            "python": sys.version.split()[0], "traces": len(examples), "dropped": dropped,
+            "steps": args.steps, "sample": data.show(examples[0], tokenizer, color=False),
+            "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")}
+        data.write_jsonl(out / "run.json", [run])
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,

@@ -552,7 +552,7 @@ def test_a_saved_student_says_the_same_elsewhere(tmp_path, problems):
 def finished_run(folder, objective, accuracies, seconds=5.0, **options):
     folder.mkdir(parents=True)
     options = {"objective": objective, "tau": 0.7, "beta": 0.5, "lr": 1e-3, "steps": 20} | options
-    data.write_jsonl(folder / "run.json", [{"options": options, "seconds": seconds}])
+    data.write_jsonl(folder / "run.json", [{"options": options, "seconds": seconds, "steps": 20}])
     data.write_jsonl(folder / "log.jsonl", [
         {"step": step, "loss": 1 / step, "weight": 0.9, "ess": 0.8} for step in (10, 20)])
     for name, share in accuracies.items():
