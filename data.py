@@ -363,31 +363,34 @@ def score(args: argparse.Namespace) -> None:
         fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
         dropped[f"longer than {args.max_length} tokens"] = len(records) - len(fits)
         found = logps(teacher, [examples[i] for i in fits], tokenizer.vocab_size, args)
-        traces = [{**records[i][1], "teacher": str(args.teacher), "teacher_logprobs": [
-            round(value, 4) for value in values.tolist()]}
+        traces = [{**records[i][1], "teacher": args.teacher, "teacher_logprobs": short(values)}
                   for i, values in zip(fits, found, strict=True)]
     else:
         tokenizer, traces = Tokenizer(args.student), []
         for where, record in records:
-            for trace, reason in served(record, tokenizer, where):
+            for found, reason in served(record, tokenizer, where):
+                traces += [found] * (not reason)
                 if reason:
                     print(f"{where}: left out: {reason}", file=sys.stderr)
                     dropped[reason.partition(":")[0]] += 1
-                else:
-                    traces.append(trace)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     check(traces, f"{args.traces}: no trace can be used ({reasons or 'the file is empty'})")
     write_jsonl(args.out, traces)
     print(f"{args.out}: {len(traces)} traces scored; left out: {reasons or 'none'}")
 
 
-def trace(ids: list[int], logp: Iterable[float], tokenizer: Tokenizer, finished: bool) -> dict:
-    """The fields of a record that hold a response: at most 8 bytes a token besides the text, since
+def short(logp: Iterable[float]) -> list[float]:
+    return [round(float(value), 4) for value in logp]
+
+
+def response_fields(ids: list[int], logp: Iterable[float], tokenizer: Tokenizer,
+                    finished: bool) -> dict:
+    """What a record holds of a sampled response: at most 8 bytes a token besides the text, since
     the ids are stored only where they are not what the text would be split into again."""
     text = tokenizer.decode(ids[:-1] if finished else ids)
     same = ids == [*tokenizer.encode(text), tokenizer.end]
     return {"response": text, "finished": finished, **({} if same else {"tokens": ids}),
-            "teacher_logprobs": [round(float(value), 4) for value in logp]}
+            "teacher_logprobs": short(logp)}
 
 
 def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dict, str]]:
@@ -398,7 +401,7 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
     reply scores it: prompt_logprobs, or an echo, of `encode(record).tokens` as the prompt."""
     check(isinstance(record.get("choices"), list), f"{where}: no choices, so no server's reply; "
           "to score it with a local model give --teacher")
-    known = {key: record[key] for key in ("id", "prompt", "messages", "answer") if key in record}
+    kept = {key: record[key] for key in record if key not in ("choices", "usage", "model")}
     given = encode(record, tokenizer, where) if "response" in record else None
     for k, choice in enumerate(record["choices"]):
         try:
@@ -410,8 +413,9 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
             yield {}, (str(error) if isinstance(error, BadInput) else
                        f"no log-probabilities in a form known here: {error!r:.80}")
             continue
-        yield {**known, "teacher": record.get("model", "a server"), "sample": k,
-               **trace(ids, logp, tokenizer, finished=True)}, ""
+        yield {**kept, "teacher": record.get("model", "a server"), "sample": k, **(
+            {"teacher_logprobs": short(logp)} if given else
+            response_fields(ids, logp, tokenizer, finished=True))}, ""
 
 
 def reply_tokens(reply: dict, tokenizer: Tokenizer,

@@ -436,7 +436,7 @@ def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                 before = data.response_logp(model, data.collate([whole]), tokenizer.vocab_size)
                 ids, logp = prefix + ids, before.tolist() + logp
             finished = bool(ids) and ids[-1] in model.eos_token_ids
-            record = data.trace(ids, logp, tokenizer, finished)
+            record = data.response_fields(ids, logp, tokenizer, finished)
             text = record["response"]
             answer = extract_answer(text)
             graded = text if finished else f"\\boxed{{{answer}}}" if boxes(text) else ""

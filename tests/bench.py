@@ -9,7 +9,7 @@ import argparse
 import copy
 import gc
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +42,14 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, tied
 
 class Bench:
     def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, Path(tempfile.mkdtemp(prefix="bench-"))
+        self.args, self.dtype = args, getattr(torch, args.dtype)
+        self.options = train.parse_args([
+            "--student", "s", "--traces", "t", "--out", "o", "--objective", "sft", "--dtype",
+            args.dtype, "--device", args.device])
+        if args.child:
+            self.folder = Path(args.child[1])
+            return
+        self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         hidden, inner, layers, heads, groups, tied = SHAPES[args.shape]
         raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936,
                "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
@@ -51,14 +58,8 @@ class Bench:
                "max_position_embeddings": 32768, "bos_token_id": 0, "eos_token_id": 151645}
         (self.folder / "config.json").write_text(json.dumps(raw))
         torch.manual_seed(0)
-        self.dtype = getattr(torch, args.dtype)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
         model.to(torch.float32).save_pretrained(self.folder)
-        del model
-        self.sums = json.loads((self.folder / "config.json").read_text())
-        self.options = train.parse_args([
-            "--student", "s", "--traces", "t", "--out", "o", "--objective", "sft", "--dtype",
-            args.dtype, "--device", args.device])
 
     # ---- both sides
     def ours(self) -> Transformer:
@@ -247,18 +248,20 @@ def memory(bench: Bench) -> None:
               f"| transformers {peaks[1] / peaks[0]:.2f} | |", flush=True)
 
 
-def child(bench: Bench, what: str, folder: Path) -> None:
+def child(bench: Bench, what: str) -> None:
     """Prints by how much the peak of this process grew."""
-    bench.folder = folder
     side, _, work = what.partition("-")
 
     def peak() -> int:
         if bench.args.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (Linux)
     before = peak()
     model = bench.ours() if side == "ours" else bench.theirs()
+    for parameter in model.parameters():
+        parameter.sum()  # what is mapped has to be read
     if work != "load":
         examples = bench.examples(False)
         step = (bench.our_step(model, examples, "discord" if work == "discord" else "sft")
@@ -321,7 +324,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     bench = Bench(args)
     if args.child:
-        child(bench, args.child[0], Path(args.child[1]))
+        child(bench, args.child[0])
         return
     peak, bandwidth = bench.peaks()
     name = torch.cuda.get_device_name() if args.device == "cuda" else (

@@ -147,7 +147,7 @@ def test_given_traces_scored_by_a_server(tokenizer, tmp_path, form):
     """Guards the seam: the numbers of the response, not of the prompt before it or of the token
     that max_tokens=1 adds behind it."""
     ids, pieces, values = tokens_of(tokenizer)
-    given = {"prompt": "What?", "response": TEXT}
+    given = {"prompt": "What?", "response": TEXT, "correct": False, "level": 5}
     whole = data.encode(given, tokenizer, "line 1")
     before = whole.tokens[:whole.prompt].tolist()
     numbers = [None, *[-5.0] * (len(before) - 1), *values]
@@ -163,7 +163,7 @@ def test_given_traces_scored_by_a_server(tokenizer, tmp_path, form):
         if form == "echo":  # completions have no bytes: parts of characters cannot be told
             return expect(tmp_path, {**given, "choices": [choice]}, "other tokens")
     record, = score(tmp_path, {**given, "choices": [choice]})
-    assert record["teacher_logprobs"] == values and record["response"] == TEXT
+    assert record["teacher_logprobs"] == values and given.items() <= record.items()
     choice["prompt_logprobs"] = [None, *({"3": {"logprob": -7.0}} for _ in whole.tokens[1:])]
     return expect(tmp_path, {**given, "choices": [choice]}, "no log-probability")
 
@@ -218,11 +218,9 @@ def test_two_tokenizers_are_refused(tokenizer, tmp_path):
     given = {"prompt": "What?", "response": TEXT}
     with pytest.raises(BadInput, match=r"two vocabularies; .*--objective sft and `data.py select"):
         score(tmp_path, given, teacher=tmp_path / "teacher")
-    record = {**given, **data.trace([*other.encode("caf"), *other.encode("\u00e9"), other.end],
-                                    [-1.0] * 4, other, finished=True)}
-    record["tokens"] = other.encode("ca") + other.encode("f\u00e9") + [other.end]
-    record["teacher_logprobs"] = [-1.0] * len(record["tokens"])
-    assert record["response"] == "caf\u00e9"
+    ids = other.encode("ca") + other.encode("f\u00e9") + [other.end]
+    record = {**given, **data.response_fields(ids, [-1.0] * len(ids), other, finished=True)}
+    assert record["response"] == "caf\u00e9" and record["tokens"] == ids
     with pytest.raises(BadInput, match="they do not spell the response; has the teacher another"):
         data.encode(record, tokenizer, "line 1", teacher=True)
     example = data.encode(record, tokenizer, "line 1")
