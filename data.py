@@ -572,8 +572,8 @@ def hub_rows(repo: str, config: str, split: str) -> Iterator[dict]:
         return reply
 
     if config.endswith(".jsonl"):
-        text = get(f"{constants.ENDPOINT}/datasets/{repo}/resolve/main/{config}").text
-        yield from map(json.loads, text.splitlines())
+        content = get(f"{constants.ENDPOINT}/datasets/{repo}/resolve/main/{config}").content
+        yield from map(json.loads, filter(bytes.strip, content.split(b"\n")))
         return
     server = constants.ENDPOINT.replace("https://", "https://datasets-server.")
     offset, total = 0, 1
@@ -739,14 +739,14 @@ def main(argv: list[str] | None = None) -> None:
         score: {
             "--traces": (str, "IN.jsonl: traces, or a server's requests with its replies"),
             "--teacher": ("", "HF folder or Hub name of a local teacher"),
-            "--student": ("", "whose tokenizer must fit"),
+            "--student": ("", "HF folder or Hub name: its tokenizer must be the teacher's"),
             "--out": (str, "OUT.jsonl: traces with teacher_logprobs"), **size,
-            "--max-length": (4096, "longer traces are left out (tokens)"), **MODEL_OPTIONS},
+            "--max-length": (4096, "tokens; longer traces are left out"), **MODEL_OPTIONS},
         select: {
             "--traces": (str, "T.jsonl: traces with teacher_logprobs"),
             "--student": (str, "HF folder or Hub name: the student before training"),
             "--out": (str, "OUT.jsonl: the traces that are kept"),
-            "--keep": (0.5, "share of the traces"),
+            "--keep": (0.5, "share of all traces"),
             "--ratio": (2.0, "how much likelier a sentence of the teacher's is"),
             "--between": (r"(?<=[.!?])\s+|\n+", "regular expression: what separates sentences"),
             "--teacher": ("", "the teacher's tokenizer, if it is another"), **size,

@@ -769,7 +769,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     name, answering = "HF folder or Hub name", {
-        "--benchmark": (str, f"{', '.join(data.BENCHMARKS)}, like gsm8k:train; or FILE.jsonl"),
+        "--benchmark": (str, f"{', '.join(data.BENCHMARKS)}; a split: gsm8k:train; or FILE.jsonl"),
         "--suffix": (None, "behind each question that has no \\boxed in it (default: "
                      f"{data.SUFFIX!r}; for a file nothing)"),
         "--system": ("", "system prompt"),
@@ -781,7 +781,7 @@ def main(argv: list[str] | None = None) -> None:
         accuracy: {
             "--model": (str, name), **answering,
             "--out": ("", "OUT.jsonl: a record of each answer; a teacher's are traces. Without it: "
-                      "BENCHMARK-DECODING.jsonl in the model's folder"),
+                      "BENCHMARK-DECODING.jsonl in the model's folder, or in answers/NAME"),
             "--resume": (False, "go on where it was broken off"),
             "--samples": (1, "answers to each problem"),
             "--temperature": (0.0, "of sampling; 0 is greedy"),

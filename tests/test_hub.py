@@ -35,7 +35,7 @@ def publish(name, rows):
     repo, config, splits = data.BENCHMARKS[name.partition(":")[0]]
     split = name.partition(":")[2] or next(iter(splits))
     if config.endswith(".jsonl"):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         HUB.repos[f"datasets/{repo}"] = {config: text.encode()}
     else:
         HUB.rows[repo, config, split] = rows
@@ -118,7 +118,7 @@ def test_a_download_that_fails_leaves_nothing(name, fault, said, tmp_path):
     """Guards a part of a benchmark that passes for all of it, now or from the cache later."""
     if fault:
         publish(name, ROWS if name == "gsm8k" else [
-            {"id": i, "problem": "p", "answer": 70} for i in range(10, 40)])
+            {"id": i, "problem": "one line\u2028of text", "answer": 70} for i in range(10, 40)])
     HUB.faults["gsm8k" if name == "gsm8k" else "aime25"] = list(fault)
     for _ in range(2):
         with pytest.raises(BadInput, match=rf"--benchmark {name}: .*({said})"):
