@@ -378,6 +378,26 @@ def result(path, verdicts, benchmark="b", **setup):
     return path
 
 
+def test_grade(tmp_path, toy_model, capsys):
+    """Guards traces from elsewhere that are trained on although their answer is wrong, verdicts in
+    the wrong line, and fields that get lost."""
+    traces = [{"id": i, "prompt": "1 a+2", "response": f"a={i} #### {i}", "answer": "3", "x": [i]}
+              for i in range(6)]
+    traces.append({"id": 6, "answer": "\\frac{1}{2}", "messages": [
+        {"role": "user", "content": "?"}, {"role": "assistant", "content": "so \\boxed{0.5}"}]})
+    data.write_jsonl(tmp_path / "t.jsonl", traces)
+    run("grade", "--traces", tmp_path / "t.jsonl", "--out", tmp_path / "g.jsonl")
+    graded = [record for _, record in data.read_jsonl(tmp_path / "g.jsonl")]
+    assert [record["id"] for record in graded if record["correct"]] == [3, 6]
+    assert all(old.items() <= new.items() for old, new in zip(traces, graded, strict=True))
+    assert "2 of 7 traces are right" in capsys.readouterr().out
+    examples, dropped = data.load_traces(tmp_path / "g.jsonl", data.Tokenizer(toy_model), 64)
+    assert [example.id for example in examples] == ["3", "6"] and dropped == {"wrong": 5}
+    data.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "?", "response": "5"}])
+    with pytest.raises(BadInput, match=r"t\.jsonl line 1: no field answer"):
+        run("grade", "--traces", tmp_path / "t.jsonl", "--out", tmp_path / "g.jsonl")
+
+
 def test_compare(tmp_path, capsys):
     """Guards an unpaired comparison. 100 problems: both right on 60, only A on 18, only B on 6:
     the difference is .12 +- .048, and of 24 flips a fair coin gives 6 or fewer of one kind with
