@@ -321,32 +321,26 @@ def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     return prompt + "".join(left + token + right for token in response)
 
 
-@torch.no_grad()
-def response_logp(model: Transformer, batch: Batch, vocab_size: int, chunk: int = 256) -> Tensor:
-    """The model's log-probability of each supervised token, [N] fp32, at temperature 1."""
-    batch = batch.to(model.model.embed_tokens.weight.device)
-    hidden = model(batch.tokens).flatten(0, 1)[batch.rows]  # [N, D]
-    logits = (model.logits(rows)[:, :vocab_size].float() for rows in hidden.split(chunk))
-    return torch.cat([rows.log_softmax(-1).gather(-1, y[:, None])[:, 0]
-                      for rows, y in zip(logits, batch.y.split(chunk), strict=True)])
-
-
 # ---- score, select, mix: JSONL in, JSONL out
 
 
-def logps(model: Transformer, examples: list[Example], vocab_size: int,
-          args: argparse.Namespace) -> list[np.ndarray]:
-    """`response_logp` of each example, [response] each, in batches of like lengths."""
-    found = [np.empty(0)] * len(examples)
+@torch.no_grad()
+def response_logp(model: Transformer, examples: list[Example], vocab_size: int,
+                  batch_size: int = 16, chunk: int = 256) -> list[np.ndarray]:
+    """The model's fp32 log-probabilities, at temperature 1, of the tokens of each response. Logits
+    exist for `chunk` tokens at a time."""
+    device, found = model.model.embed_tokens.weight.device, {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    for start in tqdm(range(0, len(order), args.batch_size), desc="scoring", disable=None):
-        chosen = order[start:start + args.batch_size]
-        batch = collate([examples[i] for i in chosen])
-        lengths = [len(examples[i].tokens) - examples[i].prompt for i in chosen]
-        logp = response_logp(model, batch, vocab_size).cpu().split(lengths)
-        for i, values in zip(chosen, logp, strict=True):
-            found[i] = values.numpy()
-    return found
+    for start in tqdm(range(0, len(order), batch_size), "scoring", disable=len(order) == 1 or None):
+        chosen = order[start:start + batch_size]
+        batch = collate([examples[i] for i in chosen]).to(device)
+        hidden = model(batch.tokens).flatten(0, 1)[batch.rows]  # [N, D]
+        logits = (model.logits(rows)[:, :vocab_size].float() for rows in hidden.split(chunk))
+        logp = torch.cat([rows.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+                          for rows, y in zip(logits, batch.y.split(chunk), strict=True)])
+        ends = np.cumsum([len(examples[i].tokens) - examples[i].prompt for i in chosen])
+        found |= zip(chosen, np.split(logp.cpu().numpy(), ends[:-1]), strict=True)
+    return [found[i] for i in range(len(examples))]
 
 
 def score(args: argparse.Namespace) -> None:
@@ -362,7 +356,8 @@ def score(args: argparse.Namespace) -> None:
         examples = [encode(record, tokenizer, where) for where, record in records]
         fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
         dropped[f"longer than {args.max_length} tokens"] = len(records) - len(fits)
-        found = logps(teacher, [examples[i] for i in fits], tokenizer.vocab_size, args)
+        found = response_logp(teacher, [examples[i] for i in fits], tokenizer.vocab_size,
+                              args.batch_size)
         traces = [{**records[i][1], "teacher": args.teacher, "teacher_logprobs": short(values)}
                   for i, values in zip(fits, found, strict=True)]
     else:
@@ -493,7 +488,7 @@ def select(args: argparse.Namespace) -> None:
     other = Tokenizer(args.teacher) if args.teacher else tokenizer
     lines = [(where, record) for where, record in read_jsonl(args.traces) if not useless(record)]
     seen = [encode(record, tokenizer, where) for where, record in lines]
-    found = logps(student, seen, tokenizer.vocab_size, args)
+    found = response_logp(student, seen, tokenizer.vocab_size, args.batch_size)
     for (where, record), mine, q_logp in zip(lines, seen, found, strict=True):
         theirs, text = encode(record, other, where, teacher=True), conversation(record, where)[1]
         p, q = (sentence_means(*side, args.between) for side in (

@@ -433,7 +433,7 @@ def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
             logp, prefix = logp[:len(ids)], problem.pop("prefix", [])
             if prefix:  # the teacher's opinion of what the student wrote
                 whole = data.Example("", np.array(prompts[i]), len(prompts[i]) - len(prefix), None)
-                before = data.response_logp(model, data.collate([whole]), tokenizer.vocab_size)
+                before, = data.response_logp(model, [whole], tokenizer.vocab_size)
                 ids, logp = prefix + ids, before.tolist() + logp
             finished = bool(ids) and ids[-1] in model.eos_token_ids
             record = data.response_fields(ids, logp, tokenizer, finished)
@@ -692,14 +692,15 @@ def weights(args: argparse.Namespace) -> None:
         model, tokenizer = data.load(name, args.dtype, args.device)
         examples = data.load_traces(args.traces, tokenizer, args.max_length, True)[0][:args.limit]
         columns.append([f"<th>{html.escape(name)}</th>"])
-        for example in examples:
-            batch = data.collate([example]).to(args.device)
-            q_logp = data.response_logp(model, batch, tokenizer.vocab_size)
-            w, stream = loss.discord_weight(q_logp, batch.p_logp, args.tau), DecodeStream()
+        found = data.response_logp(model, examples, tokenizer.vocab_size)
+        for example, q_logp in zip(examples, found, strict=True):
+            w, stream = loss.discord_weight(*map(torch.from_numpy, (q_logp, example.p_logp)),
+                                            args.tau), DecodeStream()
             spans = [token_span(stream.step(tokenizer.backend, token) or "", weight,
                                 f"student {q:.3g}, teacher {p:.3g}, weight {weight:.3f}")
-                     for token, weight, q, p in zip(batch.y.tolist(), w.tolist(), q_logp.exp(),
-                                                    batch.p_logp.exp(), strict=True)]
+                     for token, weight, q, p in zip(
+                         example.tokens[example.prompt:].tolist(), w.tolist(), np.exp(q_logp),
+                         np.exp(example.p_logp), strict=True)]
             columns[-1].append(f"<td>{''.join(spans)}\n(mean weight {w.mean():.3f})</td>")
     rows = ["".join(row) for row in zip(*columns, strict=True)]
     for i, example in enumerate(examples, 1):

@@ -289,7 +289,7 @@ def growth(bench: Bench) -> None:
                 data.step_batches(examples, step, 64, 1, 0)
             batches = time.perf_counter() - begin
             begin = time.perf_counter()
-            data.logps(model, examples, tokenizer.vocab_size, argparse.Namespace(batch_size=64))
+            data.response_logp(model, examples, tokenizer.vocab_size, 64)
             scoring = time.perf_counter() - begin
             problems = [{"id": i, **json.loads(line)} for i, line in enumerate(lines[:count // 4])]
             begin = time.perf_counter()

@@ -272,7 +272,7 @@ def test_select(tokenizer, tmp_path, capsys):
     for i in range(8):
         record = {"id": i, "prompt": "?", "response": f"It is {i}. So it is. Then\nso"}
         example = data.encode(record, tokenizer, "line 1")
-        q = data.response_logp(student, data.collate([example]), tokenizer.vocab_size).numpy()
+        q, = data.response_logp(student, [example], tokenizer.vocab_size)
         # the teacher gives three times as much to each token of the first i % 4 sentences
         more = raised(tokenizer, example, record["response"], i % 4)
         records.append({**record, "teacher_logprobs": (q + more).tolist()})
@@ -365,7 +365,7 @@ def test_mix(toy_model, tmp_path, capsys):
         written = example.tokens[example.prompt:].tolist()
         assert written[:len(problem["prefix"])] == problem["prefix"]
         assert len(problem["prefix"]) < len(written) <= len(problem["prefix"]) + 4
-        logp = data.response_logp(model, data.collate([example]), tokenizer.vocab_size).numpy()
+        logp, = data.response_logp(model, [example], tokenizer.vocab_size)
         assert np.abs(example.p_logp - logp).max() < 2e-4 and "prefix" not in record
     with pytest.raises(BadInput, match="no answer was cut off, so there is nothing to go on from"):
         data.write_jsonl(tmp_path / "answers.jsonl", teacher)
