@@ -555,6 +555,7 @@ BENCHMARKS = {
     "aime25": ("math-ai/aime25", "test.jsonl", {"test": 30}),
     "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", {"train": 674})}
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+QUESTIONS = "prompt", "question", "problem"
 GOLDS = "answer", "final_answer", "expected_answer", "solution"
 
 
@@ -604,7 +605,8 @@ def download(name: str) -> Path:
 def load_problems(benchmark: str | Path, suffix: str | None = None, system: str = "") -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a benchmark with a name, or of a JSONL or JSON
     file with the usual names for these fields. The suffix (for a name, by default: SUFFIX) follows
-    each question that does not ask for a box already. What has an empty gold answer is left out."""
+    each question that does not ask for a box already; neither it nor the system prompt is doubled.
+    What has an empty gold answer is left out."""
     named = str(benchmark).partition(":")[0] in BENCHMARKS and not Path(benchmark).exists()
     suffix, problems, empty = SUFFIX if suffix is None and named else suffix or "", [], 0
     for where, record in read_jsonl(download(benchmark) if named else benchmark):
@@ -614,15 +616,19 @@ def load_problems(benchmark: str | Path, suffix: str | None = None, system: str 
         if gold is None:
             empty += 1
             continue
-        problem = {key: record[key] for key in ("messages", "prefix") if key in record}
-        if "messages" not in record:
-            text = text_field(record, ("prompt", "question", "problem"), where)
-            problem["prompt"] = text + suffix * ("\\boxed" not in text)
-        if system and "messages" not in record:
-            problem["messages"] = [{"role": "system", "content": system}, *turns(problem, where)]
-        problems.append({"id": record.get("id", where.rpartition(" ")[2]), **problem,
-                         "answer": ", ".join(map(str, gold)) if isinstance(gold, list)
-                         else str(gold)})
+        *before, last = turns(record, where) if "messages" in record else [
+            {"role": "user", "content": text_field(record, QUESTIONS, where)}]
+        text = text_field(last, ["content"], where)
+        text += suffix * ("\\boxed" not in text and not text.endswith(suffix))
+        if system and not (before and before[0]["role"] == "system"):
+            before = [{"role": "system", "content": system}, *before]
+        check(not system or before[0]["content"] == system, f"{where}: has a system prompt of its "
+              "own, other than --system")
+        problems.append({
+            "id": record.get("id", where.rpartition(" ")[2]),
+            **({"messages": [*before, {**last, "content": text}]} if before else {"prompt": text}),
+            "answer": ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold),
+            **({"prefix": record["prefix"]} if "prefix" in record else {})})
     check(problems, f"{benchmark}: no problem with an answer")
     if empty:
         print(f"{benchmark}: {empty} problems have no answer, and are left out")

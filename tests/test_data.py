@@ -414,3 +414,12 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
         assert prompt == tokenizer.encode(record["rendered"])
     again = data.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}", "b*3")
     assert evaluate.ask(again, tokenizer) == evaluate.ask(problems, tokenizer)
+    with pytest.raises(BadInput, match="line 1: has a system prompt of its own, other than --syst"):
+        data.load_problems(tmp_path / "a.jsonl", "", "c*3")
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
+             {"role": "user", "content": "3"}]
+    file = write(tmp_path / "b.jsonl", {"messages": turns, "answer": "5"})
+    for _ in range(2):  # the second time, of what the first one made
+        problem, = data.load_problems(file, " Box.", "Sys.")
+        assert [turn["content"] for turn in problem["messages"]] == ["Sys.", "1", "2", "3 Box."]
+        file = write(tmp_path / "c.jsonl", problem)
