@@ -116,15 +116,14 @@ def written_by(student: Transformer, examples: list[data.Example], first: int, s
     """GKD's costly part (arXiv 2306.13649): a share of the traces, chosen at random, gives way to
     what the student now answers at temperature 1, at most as long as the longest one here."""
     seeds = [(args.seed, step, first + i) for i in range(len(examples))]
-    own = [i for i, seed in enumerate(seeds)
-           if np.random.default_rng((*seed, 1)).random() < args.on_policy]
-    if own:
-        prompts = [examples[i].tokens[:examples[i].prompt].tolist() for i in own]
-        longest = max(len(example.tokens) - example.prompt for example in examples)
-        drawn = student.sample(prompts, longest, 1.0, [seeds[i] for i in own],
-                               vocab_size=vocab_size)
-        for i, prompt, (ids, _) in zip(own, prompts, drawn, strict=True):
-            examples[i] = data.Example(examples[i].id, np.array(prompt + ids), len(prompt), None)
+    own = [i for i, seed in enumerate(seeds) if args.on_policy
+           and np.random.default_rng((*seed, 1)).random() < args.on_policy]
+    prompts = [examples[i].tokens[:examples[i].prompt].tolist() for i in own]
+    longest = max(len(example.tokens) - example.prompt for example in examples)
+    drawn = student.sample(prompts, longest, 1.0, [seeds[i] for i in own],
+                           vocab_size=vocab_size) if own else []
+    for i, prompt, (ids, _) in zip(own, prompts, drawn, strict=True):
+        examples[i] = data.Example(examples[i].id, np.array(prompt + ids), len(prompt), None)
     return examples
 
 
