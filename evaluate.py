@@ -413,20 +413,24 @@ def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
             temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
             batch_size: int = 64, seed: int = 0, done: Collection = ()) -> Iterator[dict]:
     """Trace records (see data.py) with verdicts, of all (problem's id, sample) that are not `done`.
-    Every answer has a seed of its own, so batching does not change a draw. Text that was cut off,
-    by the limit or by the model's context, is wrong unless its answer was boxed already."""
+    Every answer has a seed of its own, so batching does not change a draw; and batches are those of
+    a run from the beginning, since the last digit of a sum depends on what is computed along. Text
+    that was cut off, by the limit or by the model's context, is wrong unless its answer was boxed
+    already."""
     prompts = ask(problems, tokenizer)
     context = model.config.raw.get("max_position_embeddings", 10 ** 9)
-    jobs = [(i, k) for i, problem in enumerate(problems) for k in range(samples)
-            if (str(problem["id"]), k) not in done]
+    jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, and the largest batch first
     starts = range(0, len(jobs), batch_size)
     for start in tqdm(starts, desc="answering", unit="batch", disable=None):
         batch = jobs[start:start + batch_size]
+        missing = [(str(problems[i]["id"]), k) not in done for i, k in batch]
+        if not any(missing):
+            continue
         drawn = model.sample([prompts[i] for i, _ in batch], max_new_tokens, temperature,
                              [(seed, i, k) for i, k in batch], top_p,
                              vocab_size=tokenizer.vocab_size)
-        for (i, k), (ids, logp) in zip(batch, drawn, strict=True):
+        for (i, k), (ids, logp) in itertools.compress(zip(batch, drawn, strict=True), missing):
             check(not any(map(math.isnan, logp)), f"{model.folder}: NaN among the probabilities of "
                   f"the answer to problem {problems[i]['id']}; try --dtype float32")
             ids, problem = ids[:max(context - len(prompts[i]), 0)], dict(problems[i])

@@ -1,0 +1,71 @@
+"""Kills commands with SIGKILL at random moments and resumes them: python tests/faults.py [KILLS]
+
+What comes out must be what an uninterrupted run leaves, byte for byte (weights on a CPU in fp32,
+answers). Needs what `python train.py` leaves in runs/toy. Not a test: about six seconds a kill.
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HOME = Path(__file__).parents[1]
+TOY = HOME / "runs" / "toy"
+COMMANDS = {  # what is killed, and the file that is compared
+    "answers.jsonl": ["evaluate.py", "accuracy", "--model", TOY / "seed0/student", "--benchmark",
+                      TOY / "held-out.jsonl", "--samples", 4, "--temperature", 1, "--seed", 1,
+                      "--max-new-tokens", 12, "--batch-size", 20, "--device", "cpu"],
+    "model.safetensors": ["train.py", "--student", TOY / "seed0/student", "--traces",
+                          TOY / "seed0/traces.jsonl", "--steps", 600, "--batch-size", 16, "--lr",
+                          1e-3, "--save-every", 5, "--log-every", 5, "--device", "cpu"]}
+
+
+def start(name: str, folder: Path) -> subprocess.Popen:
+    out = folder / name if name == "answers.jsonl" else folder
+    command = [sys.executable, *COMMANDS[name], "--out", out, "--resume"]
+    return subprocess.Popen(list(map(str, command)), cwd=HOME, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen, seconds: float | None = None) -> bool:
+    """Waits, or kills after so many seconds; True if it ended by itself, and well."""
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return False
+    if process.returncode:
+        raise SystemExit(f"failed after a kill: {said.decode()[-500:]}")
+    return True
+
+
+def main(wanted: int) -> None:
+    rng, root = random.Random(time.time()), Path(tempfile.mkdtemp(prefix="faults-"))
+    for name in COMMANDS:
+        begin = time.perf_counter()
+        whole = root / "whole" / ("answers" if name == "answers.jsonl" else "run")
+        finish(start(name, whole))
+        seconds, kills, runs, same = time.perf_counter() - begin, 0, 0, 0
+        while kills < wanted:
+            runs += 1
+            folder = root / f"{name}-{runs}"
+            while not finish(start(name, folder), rng.uniform(2, seconds) if kills < wanted
+                             else None):
+                kills += 1
+            same += (folder / name).read_bytes() == (whole / name).read_bytes()
+            left = [path.name for path in folder.rglob("*") if ".part" in path.name
+                    or "tmp" in path.name or "checkpoint" in path.name]
+            if left:
+                raise SystemExit(f"{folder}: left behind: {left}")
+        print(f"{COMMANDS[name][0]}: {kills} kills, {runs} runs resumed, {same} identical")
+        if same < runs:
+            raise SystemExit(f"{root}: a resumed run differs")
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else 3)
