@@ -150,6 +150,12 @@ def open_run(args: argparse.Namespace) -> dict:
     return run
 
 
+def clear(out: Path, but: Path | None = None) -> None:
+    """Removes checkpoints, and what a killed process was just saving."""
+    for folder in {*out.glob("checkpoint*"), *out.glob(".saving-*")} - {but}:
+        shutil.rmtree(folder)
+
+
 def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> None:
     """All that a resumed run needs, with checksums. Written beside and renamed: whole or absent."""
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step:08}"
@@ -160,8 +166,8 @@ def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> No
               temporary / "optimizer.safetensors")  # a pickle from somebody else could run code
     data.write_jsonl(temporary / "sums.json", [{f.name: sha256(f) for f in temporary.iterdir()}])
     temporary.rename(final)
-    for old in set(out.glob("checkpoint-*")) - {final}:
-        shutil.rmtree(old)
+    student.folder = final  # a later save takes the tokenizer from here: its source may be removed
+    clear(out, but=final)
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -183,6 +189,7 @@ def train(args: argparse.Namespace) -> dict:
     check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
     run = open_run(args)
     if "seconds" in run:
+        clear(out)
         print(f"{out}: this run is finished")
         return run
 
@@ -277,8 +284,7 @@ def train(args: argparse.Namespace) -> dict:
     student.to(getattr(torch, str(run["stored_as"]), torch.float32)).save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
-    for folder in out.glob("checkpoint*"):
-        shutil.rmtree(folder)
+    clear(out)
     return run
 
 

@@ -57,10 +57,9 @@ def main(wanted: int) -> None:
                              else None):
                 kills += 1
             same += (folder / name).read_bytes() == (whole / name).read_bytes()
-            left = [path.name for path in folder.rglob("*") if ".part" in path.name
-                    or "tmp" in path.name or "checkpoint" in path.name]
-            if left:
-                raise SystemExit(f"{folder}: left behind: {left}")
+            names = [sorted(path.name for path in one.iterdir()) for one in (whole, folder)]
+            if names[0] != names[1]:
+                raise SystemExit(f"{folder}: has {names[1]}, not {names[0]}")
         print(f"{COMMANDS[name][0]}: {kills} kills, {runs} runs resumed, {same} identical")
         if same < runs:
             raise SystemExit(f"{root}: a resumed run differs")

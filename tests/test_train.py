@@ -212,12 +212,18 @@ def interrupted(monkeypatch, args, at):
 
 @pytest.mark.parametrize("at", [2, 5, 9, 12])
 def test_resume_is_bit_for_bit(toy_model, traces, tmp_path, monkeypatch, at):
-    """Guards a resumed run that replays or skips traces, loses AdamW's state or its step count, or
-    logs a step twice. Dying before the first checkpoint (step 5) starts over."""
+    """Guards a resumed run that replays or skips traces, loses AdamW's state or its step count, the
+    tokenizer (once it lay in a checkpoint that had been removed since), or logs a step twice. Dying
+    before the first checkpoint (step 5) starts over."""
     train.train(options(toy_model, traces, tmp_path / "whole"))
     interrupted(monkeypatch, options(toy_model, traces, tmp_path / "cut"), at)
     train.train(options(toy_model, traces, tmp_path / "cut", "--resume"))
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+    for name in ("checkpoint-00000010", ".saving-x"):  # killed when it was done but for this
+        (tmp_path / "cut" / name).mkdir()
+    train.train(options(toy_model, traces, tmp_path / "cut", "--resume"))
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "cut")]
+    assert files[0] == files[1] and "tokenizer.json" in files[1]
     logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
             for name in ("whole", "cut")]
     for line in logs[0] + logs[1]:
