@@ -55,10 +55,6 @@ TEMPLATES.globals |= {"raise_exception": raise_exception,
 TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
 
 
-OTHER_TOKENS = ("has the teacher another tokenizer? Then no token has a probability of both; plain "
-                "--objective sft and `data.py select --teacher` (whole sentences) still work")
-
-
 class Tokenizer:
     """tokenizer.json, chat template and end-of-turn token of a Hugging Face folder."""
 
@@ -194,6 +190,10 @@ def conversation(record: dict, where: str) -> tuple[list[dict], str]:
     if "response" not in record and messages[-1]["role"] == "assistant":
         messages, record = messages[:-1], {"response": messages[-1]["content"]}
     return messages, text_field(record, ["response"], where)
+
+
+OTHER_TOKENS = ("has the teacher another tokenizer? Then no token has a probability of both; plain "
+                "--objective sft and `data.py select --teacher` (whole sentences) still work")
 
 
 def response_ids(record: dict, response: str, tokenizer: Tokenizer, where: str,
@@ -396,12 +396,15 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
     reply scores it: prompt_logprobs, or an echo, of `encode(record).tokens` as the prompt."""
     check(isinstance(record.get("choices"), list), f"{where}: no choices, so no server's reply; "
           "to score it with a local model give --teacher")
-    kept = {key: record[key] for key in record if key not in ("choices", "usage", "model")}
-    given = encode(record, tokenizer, where) if "response" in record else None
+    kept = {key: record[key] for key in record if key not in (
+        "choices", "usage", "model", "prompt_logprobs", "prompt_token_ids")}
+    given = None
+    if "response" in record:
+        example = encode(record, tokenizer, where)
+        given = example.tokens[example.prompt:].tolist()
     for k, choice in enumerate(record["choices"]):
         try:
-            ids, logp = reply_tokens({**record, **choice}, tokenizer,
-                                     given and given.tokens[given.prompt:].tolist())
+            ids, logp = reply_tokens({**record, **choice}, tokenizer, given)
             bad = [t for t, x in enumerate(logp) if x is None or not -9999 < x <= 1e-3]
             check(not bad, f"no log-probability: null or the floor -9999, at token {bad[:1]}")
         except (LookupError, TypeError, ValueError) as error:
@@ -487,12 +490,14 @@ def select(args: argparse.Namespace) -> None:
     student, tokenizer = load(args.student, args.dtype, args.device)
     other = Tokenizer(args.teacher) if args.teacher else tokenizer
     lines = [(where, record) for where, record in read_jsonl(args.traces) if not useless(record)]
-    seen = [encode(record, tokenizer, where) for where, record in lines]
-    found = response_logp(student, seen, tokenizer.vocab_size, args.batch_size)
-    for (where, record), mine, q_logp in zip(lines, seen, found, strict=True):
-        theirs, text = encode(record, other, where, teacher=True), conversation(record, where)[1]
+    theirs = [encode(record, other, where, teacher=True) for where, record in lines]
+    ours = theirs if other is tokenizer else [
+        encode(record, tokenizer, where) for where, record in lines]
+    found = response_logp(student, ours, tokenizer.vocab_size, args.batch_size)
+    for (where, record), his, mine, q_logp in zip(lines, theirs, ours, found, strict=True):
+        text = conversation(record, where)[1]
         p, q = (sentence_means(*side, args.between) for side in (
-            (other, theirs, text, theirs.p_logp), (tokenizer, mine, text, q_logp)))
+            (other, his, text, his.p_logp), (tokenizer, mine, text, q_logp)))
         both = np.isfinite(p) & np.isfinite(q)
         record["teacher_sentences"] = round(float(np.mean((p - q)[both] > math.log(args.ratio))), 4)
     ranked = sorted(range(len(lines)), key=lambda i: -lines[i][1]["teacher_sentences"])
@@ -516,6 +521,7 @@ def mix(args: argparse.Namespace) -> None:
             lengths[str(record.get("id"))] = max(len(ids), lengths.get(str(record.get("id")), 0))
     problems, answers = [], list(read_jsonl(args.answers))
     for where, record in answers:
+        check("id" in record, f"{where}: no id, so it is not known which problem it answers")
         limit, text = int(1.5 * lengths.get(str(record.get("id")), 0)), record.get("response")
         ids = response_ids(record, text, tokenizer, where)[:limit] if text else []
         cut = record.get("finished") is False or len(ids) == limit

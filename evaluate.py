@@ -405,8 +405,13 @@ def is_correct(prediction: str, gold: str) -> bool:
 def ask(problems: list[dict], tokenizer: data.Tokenizer) -> list[list[int]]:
     """The tokens to go on from: the rendered prompt, and the beginning of an answer if there is one
     (`data.py mix`)."""
-    return [tokenizer.prompt(data.turns(problem, "")) + problem.get("prefix", [])
-            for problem in problems]
+    known, prompts = range(tokenizer.vocab_size), []
+    for problem in problems:
+        prefix = problem.get("prefix", [])
+        check(isinstance(prefix, list) and all(i in known for i in prefix), f"problem "
+              f"{problem['id']}: prefix: not ids of the tokenizer in {tokenizer.folder}")
+        prompts.append(tokenizer.prompt(data.turns(problem, "")) + prefix)
+    return prompts
 
 
 def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict], samples: int = 1,

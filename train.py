@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,13 +112,15 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     return sums
 
 
-def written_by(student: Transformer, examples: list[data.Example], first: int, step: int,
-               args: argparse.Namespace, vocab_size: int) -> list[data.Example]:
+def written_by(student: Transformer, step: int, args: argparse.Namespace, vocab_size: int,
+               examples: list[data.Example], first: int) -> list[data.Example]:
     """GKD's costly part (arXiv 2306.13649): a share of the traces, chosen at random, gives way to
     what the student now answers at temperature 1, at most as long as the longest one here."""
+    if not args.on_policy:
+        return examples
     seeds = [(args.seed, step, first + i) for i in range(len(examples))]
-    own = [i for i, seed in enumerate(seeds) if args.on_policy
-           and np.random.default_rng((*seed, 1)).random() < args.on_policy]
+    own = [i for i, seed in enumerate(seeds)
+           if np.random.default_rng((*seed, 1)).random() < args.on_policy]
     prompts = [examples[i].tokens[:examples[i].prompt].tolist() for i in own]
     longest = max(len(example.tokens) - example.prompt for example in examples)
     drawn = student.sample(prompts, longest, 1.0, [seeds[i] for i in own],
@@ -246,8 +249,7 @@ def train(args: argparse.Namespace) -> dict:
         waited = time.perf_counter()
         batches = data.step_batches(
             examples, step, args.batch_size, args.grad_accum, args.seed,
-            lambda some, first, step=step: written_by(student, some, first, step, args,
-                                                      tokenizer.vocab_size))
+            partial(written_by, student, step, args, tokenizer.vocab_size))
         writing += time.perf_counter() - waited
         tokens = sum(len(batch.y) for batch in batches)
         sums = sum(backward(student, batch.to(args.device), args, tokens, tokenizer.vocab_size,

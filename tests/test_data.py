@@ -414,6 +414,9 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
         assert prompt == tokenizer.encode(record["rendered"])
     again = data.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}", "b*3")
     assert evaluate.ask(again, tokenizer) == evaluate.ask(problems, tokenizer)
+    for prefix in ([1, 9999], "abc", [1.5]):
+        with pytest.raises(BadInput, match="problem 1: prefix: not ids of the tokenizer"):
+            evaluate.ask([{"id": 1, "prompt": "5", "prefix": prefix}], tokenizer)
     with pytest.raises(BadInput, match="line 1: has a system prompt of its own, other than --syst"):
         data.load_problems(tmp_path / "a.jsonl", "", "c*3")
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},

@@ -152,9 +152,10 @@ def test_given_traces_scored_by_a_server(tokenizer, tmp_path, form):
     before = whole.tokens[:whole.prompt].tolist()
     numbers = [None, *[-5.0] * (len(before) - 1), *values]
     if form == "prompt_logprobs":
-        choice = {"prompt_logprobs": [None, *(
+        choice = {}
+        given["prompt_logprobs"] = [None, *(
             {"3": {"logprob": -7.0}, str(i): {"logprob": value}}
-            for i, value in zip([*before[1:], *ids], numbers[1:], strict=True))]}
+            for i, value in zip([*before[1:], *ids], numbers[1:], strict=True))]
     else:
         names = ([f"token_id:{i}" for i in [*before, *ids]] if "id" in form else
                  ["x"] * len(before) + [piece.decode("latin1") for piece in pieces])
@@ -163,7 +164,10 @@ def test_given_traces_scored_by_a_server(tokenizer, tmp_path, form):
         if form == "echo":  # completions have no bytes: parts of characters cannot be told
             return expect(tmp_path, {**given, "choices": [choice]}, "other tokens")
     record, = score(tmp_path, {**given, "choices": [choice]})
-    assert record["teacher_logprobs"] == values and given.items() <= record.items()
+    assert record["teacher_logprobs"] == values
+    given.pop("prompt_logprobs", None)
+    assert "prompt_logprobs" not in record  # far more than 8 bytes a token
+    assert given.items() <= record.items()
     choice["prompt_logprobs"] = [None, *({"3": {"logprob": -7.0}} for _ in whole.tokens[1:])]
     return expect(tmp_path, {**given, "choices": [choice]}, "no log-probability")
 

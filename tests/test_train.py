@@ -362,7 +362,7 @@ def test_on_policy_batches(toy_model, traces, tmp_path):
     for step in range(20):
         args = options(toy_model, traces, tmp_path / "x", *more, "0.3")
         some = list(examples[:10])
-        for i, example in enumerate(train.written_by(student, some, 5, step, args, 129), 5):
+        for i, example in enumerate(train.written_by(student, step, args, 129, some, 5), 5):
             old = known[example.id]
             assert example.prompt == old.prompt
             assert (example.tokens[:old.prompt] == old.tokens[:old.prompt]).all()
