@@ -15,14 +15,20 @@ not named here are kept and not read.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
 import operator
 import random
 import re
+import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -32,9 +38,11 @@ import jinja2  # comes with torch
 import numpy as np
 import tokenizers
 import torch
+from filelock import FileLock, Timeout  # comes with huggingface-hub
 from huggingface_hub import constants, errors, utils
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
@@ -48,11 +56,47 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                          extensions=[loopcontrols])
+class Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"**"})  # a power can take for ever in one operation
+
+    def call_binop(self, context, operator: str, left, right) -> None:
+        raise jinja2.TemplateError(f"{left!r:.20} {operator} {right!r:.20} is not allowed")
+
+
+TEMPLATES = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols],
+                    optimized=False)  # nothing is computed before `limits` holds
 TEMPLATES.globals |= {"raise_exception": raise_exception,
                       "strftime_now": lambda form: datetime.now().strftime(form)}
 TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+
+
+@contextmanager
+def limits(seconds: float = 5.0, memory: int = 2 ** 30) -> Iterator[None]:
+    """A chat template is a stranger's program. Its sandbox keeps it from files and from Python's
+    insides, but not from working for ever (TimeoutError) or, on Linux, from taking more than
+    `memory` bytes (MemoryError). Other systems have no such limit to set."""
+    deadline, tracer = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame, event, arg):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"works for more than {seconds:g} s")
+        return trace if frame.f_code.co_filename == "<template>" else None  # a call for each line
+
+    if linux := sys.platform == "linux":
+        import resource  # there is none on Windows
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory
+        most = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    try:
+        if linux:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        sys.settrace(trace)
+        yield
+    finally:
+        sys.settrace(tracer)
+        if linux:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class Tokenizer:
@@ -104,10 +148,14 @@ class Tokenizer:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> str:
         try:
-            return self.template.render(messages=messages, **self.special, **options,
-                                        add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadInput(f"{self.folder}: chat template: {error}") from error
+            with limits():
+                text = self.template.render(messages=messages, **self.special, **options,
+                                            add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a stranger's program may raise anything
+            raise BadInput(f"{self.folder}: chat template: {type(error).__name__}: "
+                           f"{error!s:.300}") from error
+        check(len(text) < 10 ** 7, f"{self.folder}: chat template: {len(text):,} characters long")
+        return text
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -144,15 +192,17 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
     return model, tokenizer
 
 
-# ---- Traces: from a line of JSONL to token ids
+# ---- Files: read line by line, written whole or not at all, resumed where work was broken off
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("FILE line K", record) for each line that is not blank; of FILE.json, each of its list."""
-    number, whole = 1, Path(path).suffix == ".json"
-    unit = "entry" if whole else "line"
+    """("FILE line K", record) for each line that is not blank; or for each entry of a JSON list."""
+    number, unit = 1, "line"
     try:
         with open(path, "rb") as file:
+            whole = file.read(1) == b"["
+            file.seek(0)
+            unit = "entry" if whole else "line"
             for number, line in enumerate(json.load(file) if whole else file, 1):
                 if whole or line.strip():
                     record = line if whole else json.loads(line)
@@ -160,8 +210,102 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                     yield f"{path} {unit} {number}", record
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path} {unit} {number}: not valid JSON: {error}") from None
+
+
+@contextmanager
+def writable(path: str | Path) -> Iterator[None]:
+    """What the disk refuses becomes one error that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); what was saved before is whole, and "
+                       "the same command with --resume goes on once there is room") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Gives a place beside `path` for a file or a folder, which is moved there once it is whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with writable(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    with writing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def cut_half_line(path: str | Path) -> int:
+    """Removes what a killed process was just writing; returns the size of what is left."""
+    with open(path, "r+b") as file:
+        return file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def alone(out: str | Path) -> Iterator[None]:
+    """Keeps a second process from writing the same file or folder."""
+    lock = FileLock(f"{out}.lock", timeout=0)
+    with writable(out):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadInput(f"{out}: another process is writing this; wait for it, or choose another "
+                       "--out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not remove a file that is open
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+@contextmanager
+def resumable(out: Path, setup: dict, resume: bool) -> Iterator[tuple[Path, Callable]]:
+    """(OUT.part, a function that adds a row to it), for work that goes on where it was broken off.
+    Rows carry the setup; another one is refused. By the end of the block OUT must be written."""
+    part = Path(f"{out}.part")
+
+    def add(row: dict) -> dict:
+        row = {**row, "setup": setup}
+        with writable(part), open(part, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return row
+
+    with alone(out):
+        check(resume or not part.exists(), f"{part}: work was broken off here; add --resume to go "
+              "on, or remove the file")
+        if part.exists() and not cut_half_line(part):
+            part.unlink()
+        for file in filter(Path.exists, (out, part) if resume else ()):
+            was = next(read_jsonl(file), ("", {}))[1].get("setup", setup)
+            for key, value in setup.items():
+                check(was.get(key) == value, f"{file}: cannot resume: {key} was {was.get(key)}, is "
+                      f"now {value}; choose another --out")
+        try:
+            yield part, add
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"what is finished stands in {part}; the same command with "
+                                    "--resume goes on") from None
+        part.unlink(missing_ok=True)
+
+
+# ---- Traces: from a line of JSONL to token ids
 
 
 def text_field(record: dict, names: Iterable[str], where: str) -> str:
@@ -331,7 +475,8 @@ def response_logp(model: Transformer, examples: list[Example], vocab_size: int,
     exist for `chunk` tokens at a time."""
     device, found = model.model.embed_tokens.weight.device, {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    for start in tqdm(range(0, len(order), batch_size), "scoring", disable=len(order) == 1 or None):
+    for start in tqdm(range(0, len(order), batch_size), "scoring",
+                      disable=len(order) <= 16 * batch_size or None):
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen]).to(device)
         hidden = model(batch.tokens).flatten(0, 1)[batch.rows]  # [N, D]
@@ -348,30 +493,48 @@ def score(args: argparse.Namespace) -> None:
     returned with them. JSONL in, JSONL out, the same order."""
     check(args.teacher or args.student, "score: give --teacher (a local model) or, for the replies "
           "of a server, --student (its tokenizer must be the teacher's)")
-    records, dropped = list(read_jsonl(args.traces)), Counter()
-    if args.teacher:
-        teacher, tokenizer = load(args.teacher, args.dtype, args.device)
-        check(not args.student or Tokenizer(args.student).vocab == tokenizer.vocab,
-              f"{args.teacher} and {args.student}: two vocabularies; {OTHER_TOKENS}")
-        examples = [encode(record, tokenizer, where) for where, record in records]
-        fits = [i for i, example in enumerate(examples) if len(example.tokens) <= args.max_length]
-        dropped[f"longer than {args.max_length} tokens"] = len(records) - len(fits)
-        found = response_logp(teacher, [examples[i] for i in fits], tokenizer.vocab_size,
-                              args.batch_size)
-        traces = [{**records[i][1], "teacher": args.teacher, "teacher_logprobs": short(values)}
-                  for i, values in zip(fits, found, strict=True)]
-    else:
-        tokenizer, traces = Tokenizer(args.student), []
-        for where, record in records:
-            for found, reason in served(record, tokenizer, where):
-                traces += [found] * (not reason)
-                if reason:
-                    print(f"{where}: left out: {reason}", file=sys.stderr)
-                    dropped[reason.partition(":")[0]] += 1
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-    check(traces, f"{args.traces}: no trace can be used ({reasons or 'the file is empty'})")
-    write_jsonl(args.out, traces)
-    print(f"{args.out}: {len(traces)} traces scored; left out: {reasons or 'none'}")
+    setup = {key: vars(args)[key] for key in ("teacher", "student", "dtype", "max_length",
+                                              "batch_size")}
+    with resumable(Path(args.out), {**setup, "traces_sha256": sha256(args.traces)},
+                   args.resume) as (part, add):
+        done, end = sum(1 for _ in read_jsonl(part)) if part.exists() else 0, 0
+        if args.teacher:
+            teacher, tokenizer = load(args.teacher, args.dtype, args.device)
+            check(not args.student or Tokenizer(args.student).vocab == tokenizer.vocab,
+                  f"{args.teacher} and {args.student}: two vocabularies; {OTHER_TOKENS}")
+            for where, record in read_jsonl(args.traces):
+                encode(record, tokenizer, where)  # what is broken is said at once, not after hours
+        else:
+            tokenizer = Tokenizer(args.student)
+        records = iter(tqdm(read_jsonl(args.traces), "scoring", unit=" records", disable=None))
+        while window := list(itertools.islice(records, 16 * args.batch_size)):
+            end += len(window)
+            if end > done:  # the whole window, since the last digit depends on a batch's others
+                rows = (scored(window, teacher, tokenizer, args) if args.teacher else
+                        [list(served(record, tokenizer, where)) for where, record in window])
+                for row in rows[-min(end - done, len(rows)):]:
+                    add({"found": row})
+        check(end, f"{args.traces}: the file is empty")
+        dropped = Counter(reason.partition(":")[0] for _, row in read_jsonl(part)
+                          for _, reason in row["found"])
+        kept = dropped.pop("", 0)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        check(kept, f"{args.traces}: no trace can be used ({reasons})")
+        write_jsonl(args.out, (trace for _, row in read_jsonl(part)
+                               for trace, reason in row["found"] if not reason))
+    print(f"{args.out}: {kept} traces scored; left out: {reasons}")
+
+
+def scored(window: list[tuple[str, dict]], teacher: Transformer, tokenizer: Tokenizer,
+           args: argparse.Namespace) -> list[list[tuple[dict, str]]]:
+    """What `served` gives, by a local teacher: [(trace, "")] or [({}, why not)] for each record."""
+    examples = [encode(record, tokenizer, where) for where, record in window]
+    fits = [len(example.tokens) <= args.max_length for example in examples]
+    found = iter(response_logp(teacher, list(itertools.compress(examples, fits)),
+                               tokenizer.vocab_size, args.batch_size))
+    return [[({**record, "teacher": args.teacher, "teacher_logprobs": short(next(found))}, "")
+             if fit else ({}, f"longer than {args.max_length} tokens")]
+            for (_, record), fit in zip(window, fits, strict=True)]
 
 
 def short(logp: Iterable[float]) -> list[float]:
@@ -408,8 +571,10 @@ def served(record: dict, tokenizer: Tokenizer, where: str) -> Iterator[tuple[dic
             bad = [t for t, x in enumerate(logp) if x is None or not -9999 < x <= 1e-3]
             check(not bad, f"no log-probability: null or the floor -9999, at token {bad[:1]}")
         except (LookupError, TypeError, ValueError) as error:
-            yield {}, (str(error) if isinstance(error, BadInput) else
-                       f"no log-probabilities in a form known here: {error!r:.80}")
+            reason = (str(error) if isinstance(error, BadInput) else
+                      f"no log-probabilities in a form known here: {error!r:.80}")
+            tqdm.write(f"{where}: left out: {reason}", sys.stderr)
+            yield {}, reason
             continue
         yield {**kept, "teacher": record.get("model", "a server"), "sample": k, **(
             {"teacher_logprobs": short(logp)} if given else
@@ -537,16 +702,6 @@ def mix(args: argparse.Namespace) -> None:
     write_jsonl(args.out, problems)
     print(f"{args.out}: {len(problems)} of {len(answers)} answers to go on from, after "
           f"{np.mean([len(problem['prefix']) for problem in problems]):.1f} tokens on average")
-
-
-def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
-    """The whole file or nothing: it is written beside and then moved into place."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
-    temporary.replace(path)
 
 
 # ---- Problems
@@ -733,11 +888,22 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
     args.run(args)
 
 
-def one_line_errors(main: Callable, *args) -> None:
+def one_line_errors(main: Callable, *args, on_signal: Callable = signal.default_int_handler,
+                    ) -> None:
+    for name in signal.SIGINT, signal.SIGTERM:
+        signal.signal(name, on_signal)
     try:
         main(*args)
-    except BadInput as error:
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: the device's memory is full ({error!s:.120}); a smaller "
+                         "--batch-size needs less; in train.py, with --grad-accum as much larger, "
+                         "the steps stay the same") from None
+    except (BadInput, OSError) as error:
         raise SystemExit("error: " + " ".join(str(error).split())) from None
+    except KeyboardInterrupt as stop:
+        print("interrupted:", *stop.args or ["no work is lost; give the same command again"],
+              file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -748,6 +914,7 @@ def main(argv: list[str] | None = None) -> None:
             "--teacher": ("", "HF folder or Hub name of a local teacher"),
             "--student": ("", "HF folder or Hub name: its tokenizer must be the teacher's"),
             "--out": (str, "OUT.jsonl: traces with teacher_logprobs"), **size,
+            "--resume": (False, "go on where it was broken off"),
             "--max-length": (4096, "tokens; longer traces are left out"), **MODEL_OPTIONS},
         select: {
             "--traces": (str, "T.jsonl: traces with teacher_logprobs"),

@@ -511,24 +511,6 @@ def peak_memory_gb(device: str) -> float:
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
 
-def broken_off(out: Path, setup: dict, resume: bool) -> list[dict]:
-    """The records of an evaluation that is to go on: of OUT.part, or of OUT if that was written."""
-    part = Path(f"{out}.part")
-    check(resume or not part.exists(), f"{part}: an evaluation was broken off here; add --resume "
-          "to go on, or remove the file")
-    if part.exists():
-        with open(part, "r+b") as file:  # the last line may be half a line
-            file.truncate(file.read().rfind(b"\n") + 1)
-    old = part if part.exists() and part.stat().st_size else out
-    if not (resume and old.exists()):
-        return []
-    records = read_answers(old)
-    for key, value in setup.items():
-        check(records[0]["setup"].get(key) == value, f"{old}: cannot resume: {key} was "
-              f"{records[0]['setup'].get(key)}, is now {value}; choose another --out")
-    return records
-
-
 def accuracy(args: argparse.Namespace) -> None:
     """Answers a benchmark, grades the answers, keeps a record of each, prints their accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature above 0: "
@@ -542,21 +524,20 @@ def accuracy(args: argparse.Namespace) -> None:
     home = Path(args.model) if Path(args.model).is_dir() else Path("answers", Path(args.model).name)
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     out = Path(args.out or home / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl")
-    part, records = Path(f"{out}.part"), broken_off(out, setup, args.resume)
-    done = {(str(record["id"]), record["sample"]) for record in records}
-    if len(done) < len(problems) * args.samples:
-        model, tokenizer = data.load(args.model, args.dtype, args.device)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "a", encoding="utf-8") as file:
+    with data.resumable(out, setup, args.resume) as (part, add):
+        records = {(str(record["id"]), record["sample"]): record  # OUT: there may be more --samples
+                   for file in (out, part) if args.resume and file.exists()
+                   for record in read_answers(file)}
+        if len(records) < len(problems) * args.samples:
+            model, tokenizer = data.load(args.model, args.dtype, args.device)
             for record in answers(model, tokenizer, problems, args.samples, args.temperature,
                                   args.top_p, args.max_new_tokens, args.batch_size, args.seed,
-                                  done):
-                records.append({**record, "setup": setup})
-                print(json.dumps(records[-1], ensure_ascii=False), file=file, flush=True)
-    if part.exists():
-        data.write_jsonl(out, sorted(records, key=lambda r: (order[str(r["id"])], r["sample"])))
-        part.unlink()
-    print(f"{describe(records)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
+                                  set(records)):
+                records[str(record["id"]), record["sample"]] = add(record)
+        found = [records[key] for key in sorted(records, key=lambda key: (order[key[0]], key[1]))]
+        if part.exists():
+            data.write_jsonl(out, found)
+    print(f"{describe(found)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
 
 
 def grade(args: argparse.Namespace) -> None:
@@ -717,8 +698,9 @@ def weights(args: argparse.Namespace) -> None:
         rows[i] = (f'<td class="prompt" colspan="{len(columns)}">{html.escape(text)}</td></tr>'
                    f"\n<tr>{rows[i]}")
     legend = " ".join(token_span(f"\xa0{w:g}\xa0", w) for w in np.linspace(0, 2, 9))
-    Path(args.out).write_text(PAGE.format(tau=args.tau, legend=legend, table="".join(
-        f"<tbody><tr>{row}</tr></tbody>\n" for row in rows)), encoding="utf-8")
+    with data.writing(args.out) as temporary:
+        temporary.write_text(PAGE.format(tau=args.tau, legend=legend, table="".join(
+            f"<tbody><tr>{row}</tr></tbody>\n" for row in rows)), encoding="utf-8")
     print(f"{args.out}: {len(examples)} traces, students {', '.join(args.students)}")
 
 

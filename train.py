@@ -8,11 +8,12 @@ log.jsonl (the log lines). After an interruption, the same command with --resume
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 from functools import partial
@@ -34,6 +35,17 @@ from model import Transformer, check, read_json
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
 TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800}
+
+
+STOP: list[int] = []  # signals that have come
+
+
+def stop(number: int, frame) -> None:
+    """The first SIGINT or SIGTERM lets the step finish and be saved; the next one interrupts."""
+    if STOP:
+        raise KeyboardInterrupt
+    STOP.append(number)
+    os.write(2, b"\nsaving after this step; once more stops at once\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -130,18 +142,13 @@ def written_by(student: Transformer, step: int, args: argparse.Namespace, vocab_
     return examples
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def open_run(args: argparse.Namespace) -> dict:
     """run.json of --out, if it is there and has these options; else only the options."""
     out, file = Path(args.out), Path(args.out, "run.json")
     options = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-    options["traces_sha256"] = sha256(Path(args.traces))
+    options["traces_sha256"] = data.sha256(args.traces)
     if not file.exists():
-        check(not out.exists() or not any(out.iterdir()),
+        check(not out.exists() or all(one.suffix == ".tmp" for one in out.iterdir()),
               f"{out}: not empty, but no run of train.py; choose another --out")
         return {"options": options}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or choose "
@@ -161,28 +168,36 @@ def clear(out: Path, but: Path | None = None) -> None:
 
 def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> None:
     """All that a resumed run needs, with checksums. Written beside and renamed: whole or absent."""
-    temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step:08}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save_pretrained(temporary)
-    save_file({f"{name} {key}": value for name, parameter in student.named_parameters()
-               for key, value in optimizer.state[parameter].items()},
-              temporary / "optimizer.safetensors")  # a pickle from somebody else could run code
-    data.write_jsonl(temporary / "sums.json", [{f.name: sha256(f) for f in temporary.iterdir()}])
-    temporary.rename(final)
+    final = out / f"checkpoint-{step:08}"
+    with data.writing(final) as folder:
+        student.save_pretrained(folder)
+        save_file({f"{name} {key}": value for name, parameter in student.named_parameters()
+                   for key, value in optimizer.state[parameter].items()},
+                  folder / "optimizer.safetensors")  # a pickle from somebody else could run code
+        sums = {file.name: data.sha256(file) for file in folder.iterdir()}
+        sums["../run.json"] = data.sha256(out / "run.json")  # it belongs to this run
+        data.write_jsonl(folder / "sums.json", [sums])
     student.folder = final  # a later save takes the tokenizer from here: its source may be removed
     clear(out, but=final)
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    folder = max(out.glob("checkpoint-0*"), default=None)
+    folder = max(out.glob("checkpoint-????????"), default=None)
     for name, expected in read_json(folder / "sums.json").items() if folder else ():
-        check((folder / name).exists() and sha256(folder / name) == expected,
-              f"{folder / name}: missing or damaged; delete {folder} to begin anew")
+        file = (folder / name).resolve()
+        check(file.exists() and data.sha256(file) == expected, f"{file}: missing, damaged or of "
+              f"another run; delete {folder} to begin anew")
     return folder
 
 
 def train(args: argparse.Namespace) -> dict:
-    """One run, read from top to bottom. Returns its run.json."""
+    """One run, in a folder that no other process writes. Returns its run.json."""
+    with data.alone(args.out):
+        return distil(args)
+
+
+def distil(args: argparse.Namespace) -> dict:
+    """The run, read from top to bottom."""
     # ---- what the objective needs
     out, (name, weighted) = Path(args.out), loss.split_name(args.objective)
     check(name == "sft" or args.teacher, f"--objective {args.objective} needs the teacher's whole "
@@ -227,6 +242,7 @@ def train(args: argparse.Namespace) -> dict:
             optimizer.state[parameter] = {key: saved[f"{name} {key}"]
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
     if log.exists():  # lines behind the checkpoint will come again
+        data.cut_half_line(log)
         data.write_jsonl(log, [row for _, row in data.read_jsonl(log) if row["step"] <= first])
 
     # ---- header
@@ -261,13 +277,16 @@ def train(args: argparse.Namespace) -> dict:
                         [name for batch in batches for name in batch.ids]))
 
         # ---- log, check, save
-        done, save = step + 1, (step + 1) % args.save_every == 0
+        done = step + 1
+        save = done < args.steps and (STOP or done % args.save_every == 0)
         if done % args.log_every and not save and done < args.steps:
             continue
         rows = torch.stack([row for row, _ in pending]).tolist()  # the interval's only wait
         for i, (row, (_, ids)) in enumerate(zip(rows, pending, strict=True), done - len(rows)):
             check(all(map(math.isfinite, row)), f"{out}: loss or gradient is not finite at step "
-                  f"{i + 1}, traces {', '.join(ids)}: lower --lr? The last checkpoint is good")
+                  f"{i + 1}, traces {', '.join(ids)}; the last good checkpoint: "
+                  f"{last_checkpoint(out) or 'none yet'}. Begin anew with a lower --lr, or "
+                  "without these traces")
         total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
@@ -276,14 +295,18 @@ def train(args: argparse.Namespace) -> dict:
         if args.on_policy:  # its cost: the share of the time
             line["sampling"] = writing / (time.perf_counter() - last)
         pending, last, writing = [], time.perf_counter(), 0.0
-        with open(log, "a") as file:
+        with data.writable(log), open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
         progress.write(" ".join(f"{k} {v:<8.5g}" for k, v in line.items()).rstrip(), sys.stdout)
-        if save and done < args.steps:
+        if save:
             save_checkpoint(out, done, student, optimizer)
+        if save and STOP:
+            raise KeyboardInterrupt(f"{signal.Signals(STOP[0]).name}: step {done} is saved in "
+                                    f"{out}; the same command with --resume goes on")
 
     # ---- the result, in the dtype that the student came in
-    student.to(getattr(torch, str(run["stored_as"]), torch.float32)).save_pretrained(out)
+    with data.writable(out):
+        student.to(getattr(torch, str(run["stored_as"]), torch.float32)).save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     clear(out)
@@ -329,4 +352,4 @@ def toy(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     options = parse_args()
-    data.one_line_errors(train if options.student else toy, options)
+    data.one_line_errors(train if options.student else toy, options, on_signal=stop)

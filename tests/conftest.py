@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import atexit
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
+import train
+from model import Transformer
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -75,6 +78,34 @@ def toy_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "model"
     make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder), num_hidden_layers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def traces(toy_model, tmp_path_factory):
+    """40 ragged toy traces with random teacher log-probabilities."""
+    rng, file = random.Random(0), tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    records = [{**data.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
+    for record in records:
+        record["teacher_logprobs"] = [-rng.random() * 8 for _ in range(len(
+            record["response"].split()) + 1)]
+    data.write_jsonl(file, records)
+    return file
+
+
+def options(student, traces, out, *more):
+    return train.parse_args([
+        "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
+        "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64",
+        "--log-every", "3", "--save-every", "5", "--device", "cpu", *more])
+
+
+def weights(folder):
+    return Transformer.from_pretrained(folder).state_dict()
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Kills commands with SIGKILL at random moments and resumes them: python tests/faults.py [KILLS]
 
 What comes out must be what an uninterrupted run leaves, byte for byte (weights on a CPU in fp32,
-answers). Needs what `python train.py` leaves in runs/toy. Not a test: about six seconds a kill.
+answers, scores). Needs what `python train.py` leaves in runs/toy. Not a test: six seconds a kill.
 """
 
 import random
@@ -14,17 +14,19 @@ from pathlib import Path
 
 HOME = Path(__file__).parents[1]
 TOY = HOME / "runs" / "toy"
-COMMANDS = {  # what is killed, and the file that is compared
+COMMANDS: dict[str, list] = {  # what is killed, and the file that is compared
     "answers.jsonl": ["evaluate.py", "accuracy", "--model", TOY / "seed0/student", "--benchmark",
                       TOY / "held-out.jsonl", "--samples", 4, "--temperature", 1, "--seed", 1,
                       "--max-new-tokens", 12, "--batch-size", 20, "--device", "cpu"],
+    "scores.jsonl": ["data.py", "score", "--teacher", TOY / "teacher", "--traces",
+                     TOY / "lessons.jsonl", "--batch-size", 16, "--device", "cpu"],
     "model.safetensors": ["train.py", "--student", TOY / "seed0/student", "--traces",
                           TOY / "seed0/traces.jsonl", "--steps", 600, "--batch-size", 16, "--lr",
                           1e-3, "--save-every", 5, "--log-every", 5, "--device", "cpu"]}
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:
-    out = folder / name if name == "answers.jsonl" else folder
+    out = folder / name if name.endswith(".jsonl") else folder
     command = [sys.executable, *COMMANDS[name], "--out", out, "--resume"]
     return subprocess.Popen(list(map(str, command)), cwd=HOME, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE)
@@ -47,20 +49,22 @@ def main(wanted: int) -> None:
     rng, root = random.Random(time.time()), Path(tempfile.mkdtemp(prefix="faults-"))
     for name in COMMANDS:
         begin = time.perf_counter()
-        whole = root / "whole" / ("answers" if name == "answers.jsonl" else "run")
+        whole = root / f"{name}-whole"
         finish(start(name, whole))
-        seconds, kills, runs, same = time.perf_counter() - begin, 0, 0, 0
+        seconds, kills, writing, runs, same = time.perf_counter() - begin, 0, 0, 0, 0
         while kills < wanted:
             runs += 1
             folder = root / f"{name}-{runs}"
             while not finish(start(name, folder), rng.uniform(2, seconds) if kills < wanted
                              else None):
                 kills += 1
+                writing += any(folder.glob("*.tmp"))
             same += (folder / name).read_bytes() == (whole / name).read_bytes()
             names = [sorted(path.name for path in one.iterdir()) for one in (whole, folder)]
             if names[0] != names[1]:
                 raise SystemExit(f"{folder}: has {names[1]}, not {names[0]}")
-        print(f"{COMMANDS[name][0]}: {kills} kills, {runs} runs resumed, {same} identical")
+        print(f"{' '.join(map(str, COMMANDS[name][:2]))}: {kills} kills, {writing} of them while a "
+              f"file was written; {runs} runs resumed, {same} identical", flush=True)
         if same < runs:
             raise SystemExit(f"{root}: a resumed run differs")
     shutil.rmtree(root)

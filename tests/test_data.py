@@ -385,8 +385,8 @@ def test_problem_fields(tmp_path):
     assert data.load_problems(write(tmp_path / "p.jsonl", *rows)) == expected
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
     assert data.load_problems(tmp_path / "p.json") == expected
-    for text, said in (("{}", "no problem with an answer"), ('["x"]', "entry 1: not a JSON object"),
-                       ("[{", "not valid JSON"), ("7", "not valid JSON")):
+    for text, said in (("{}", "line 1: no field answer"), ('["x"]', "entry 1: not a JSON object"),
+                       ("[{", "not valid JSON"), ("7", "line 1: not a JSON object")):
         (tmp_path / "p.json").write_text(text)
         with pytest.raises(BadInput, match=said):
             data.load_problems(tmp_path / "p.json")

@@ -11,42 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_hf
+from conftest import largest_difference, make_hf, options, weights
 from transformers import AutoModelForCausalLM
 
 import data
 import loss
 import train
 from model import BadInput, Transformer
-
-
-@pytest.fixture(scope="session")
-def traces(toy_model, tmp_path_factory):
-    """40 ragged toy traces with random teacher log-probabilities."""
-    rng, file = random.Random(0), tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    records = [{**data.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
-    for record in records:
-        record["teacher_logprobs"] = [-rng.random() * 8 for _ in range(len(
-            record["response"].split()) + 1)]
-    data.write_jsonl(file, records)
-    return file
-
-
-def options(student, traces, out, *more):
-    return train.parse_args([
-        "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
-        "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64",
-        "--log-every", "3", "--save-every", "5", "--device", "cpu", *more])
-
-
-def weights(folder):
-    return Transformer.from_pretrained(folder).state_dict()
-
-
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
 
 # -------------------------------------------------------------------------------------- gradients
 
@@ -297,9 +268,9 @@ def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys)
         whole = (checkpoint / file).read_bytes()
         for broken in (whole[:-9], whole[:-9] + b"flipped 9", b""):
             (checkpoint / file).write_bytes(broken)
-            refused(f"{checkpoint.name}/{file}: missing or damaged; delete", "--resume")
+            refused(f"{checkpoint.name}/{file}: missing, damaged or of", "--resume")
         (checkpoint / file).unlink()
-        refused(f"{checkpoint.name}/{file}: missing or damaged; delete", "--resume")
+        refused(f"{checkpoint.name}/{file}: missing, damaged or of", "--resume")
         (checkpoint / file).write_bytes(whole)
     train.train(options(toy_model, traces, out, "--resume"))
     before = (out / "model.safetensors").stat().st_mtime_ns
