@@ -71,7 +71,7 @@ TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=Fa
 
 
 @contextmanager
-def limits(seconds: float = 5.0, memory: int = 2 ** 30) -> Iterator[None]:
+def limits(seconds: float = 2.0, memory: int = 2 ** 28) -> Iterator[None]:
     """A chat template is a stranger's program. Its sandbox keeps it from files and from Python's
     insides, but not from working for ever (TimeoutError) or, on Linux, from taking more than
     `memory` bytes (MemoryError). Other systems have no such limit to set."""
@@ -123,13 +123,15 @@ class Tokenizer:
                    for key, value in config.items() if key.endswith("_token")}
         self.special = {key: value for key, value in special.items() if isinstance(value, str)}
         source, file = config.get("chat_template"), self.folder / "chat_template.jinja"
-        if isinstance(source, list):  # several templates, each with a name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        source = file.read_text(encoding="utf-8") if file.exists() else source
         try:
-            self.template = TEMPLATES.from_string(source) if source else None
-        except jinja2.TemplateError as error:
-            raise BadInput(f"{self.folder}: chat template: {error}") from error
+            if isinstance(source, list):  # several templates, each with a name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            source = file.read_text(encoding="utf-8") if file.exists() else source
+            with limits():
+                self.template = TEMPLATES.from_string(source) if source else None
+        except Exception as error:
+            raise BadInput(f"{self.folder}: chat template: {type(error).__name__}: "
+                           f"{error!s:.300}") from error
         self.end = self._end_of_turn()
 
     def _end_of_turn(self) -> int:
@@ -137,9 +139,11 @@ class Tokenizer:
         ending = [self.special.get("eos_token", "")]
         if self.template is not None:
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-            written = self.render(turns, add_generation_prompt=False).rpartition("ANSWER")[2]
-            ending = self.backend.encode(written, add_special_tokens=False).tokens + ending
+            _, answer, behind = self.render(turns, add_generation_prompt=False).rpartition("ANSWER")
+            behind = behind if answer else ""  # a template may have no place for an answer
+            ending = self.backend.encode(behind, add_special_tokens=False).tokens + ending
         special = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        special.discard(self.special.get("unk_token", ""))
         for token in ending:
             if token in special and token in self.vocab:
                 return self.vocab[token]
@@ -183,6 +187,9 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
     """A model with its tokenizer; it will also stop at the end of turn of the chat template, which
     a base model's config does not name (Qwen2.5: <|endoftext|>, but <|im_end|> in the template)."""
     check(dtype in ("float32", "bfloat16"), f"--dtype {dtype}: must be float32 or bfloat16")
+    count = torch.cuda.device_count()
+    check(device in ("cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))),
+          f"--device {device}: must be cpu or cuda; there are {count} CUDA devices here")
     tokenizer = Tokenizer(path_or_repo)
     model = Transformer.from_pretrained(tokenizer.folder, getattr(torch, dtype), device)
     check(tokenizer.vocab_size <= model.config.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
@@ -207,11 +214,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 if whole or line.strip():
                     record = line if whole else json.loads(line)
                     check(isinstance(record, dict), f"{path} {unit} {number}: not a JSON object")
+                    if whole or b"\\u" in line:  # half of an emoji is valid JSON, but no text
+                        json.dumps(record, ensure_ascii=False).encode()
                     yield f"{path} {unit} {number}", record
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{path} {unit} {number}: not valid JSON: {error}") from None
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} {unit} {number}: not valid JSON: {error!s:.200}") from None
 
 
 @contextmanager
@@ -224,19 +235,24 @@ def writable(path: str | Path) -> Iterator[None]:
                        "the same command with --resume goes on once there is room") from error
 
 
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Gives a place beside `path` for a file or a folder, which is moved there once it is whole."""
     temporary = Path(f"{path}.tmp")
     try:
         with writable(path):
+            remove(temporary)  # of a killed process
             temporary.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
@@ -252,8 +268,11 @@ def cut_half_line(path: str | Path) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -322,9 +341,9 @@ def turns(record: dict, where: str) -> list[dict]:
     if "messages" not in record:
         return [{"role": "user", "content": text_field(record, ["prompt"], where)}]
     messages = record["messages"]
-    check(isinstance(messages, list) and messages and all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages),
-        f"{where}: messages: not a list of {{role, content}}")
+    check(isinstance(messages, list) and messages and all(isinstance(turn, dict) and all(
+        isinstance(turn.get(key), str) for key in ("role", "content")) for turn in messages),
+        f"{where}: messages: not a list of {{role, content}}, each of them text")
     return messages
 
 
@@ -519,6 +538,8 @@ def score(args: argparse.Namespace) -> None:
                           for _, reason in row["found"])
         kept = dropped.pop("", 0)
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        if not kept:
+            part.unlink()
         check(kept, f"{args.traces}: no trace can be used ({reasons})")
         write_jsonl(args.out, (trace for _, row in read_jsonl(part)
                                for trace, reason in row["found"] if not reason))
@@ -652,6 +673,11 @@ def sentence_means(tokenizer: Tokenizer, example: Example, text: str, logp: np.n
 def select(args: argparse.Namespace) -> None:
     """Divergence-aware sampling (DASD, arXiv 2601.09088): keeps the traces richest in sentences
     whose tokens the teacher finds likelier than the student does, by their geometric mean."""
+    check(args.keep <= 1, f"--keep {args.keep}: must be a share, at most 1")
+    try:
+        re.compile(args.between)
+    except re.error as error:
+        raise BadInput(f"--between {args.between}: no regular expression: {error}") from error
     student, tokenizer = load(args.student, args.dtype, args.device)
     other = Tokenizer(args.teacher) if args.teacher else tokenizer
     lines = [(where, record) for where, record in read_jsonl(args.traces) if not useless(record)]
@@ -777,6 +803,8 @@ def load_problems(benchmark: str | Path, suffix: str | None = None, system: str 
         if gold is None:
             empty += 1
             continue
+        check(isinstance(gold, str | int | float | list), f"{where}: answer = {gold!s:.40}: "
+              "expected text, a number or a list of these")
         *before, last = turns(record, where) if "messages" in record else [
             {"role": "user", "content": text_field(record, QUESTIONS, where)}]
         text = text_field(last, ["content"], where)
@@ -885,6 +913,11 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
                 text += f" (default: {default})"
             command.add_argument(name, help=text, **kind if name[0] == "-" else {"nargs": default})
     args = parser.parse_args(argv)
+    for name, (default, _) in commands[args.run].items():
+        value = getattr(args, name.lstrip("-").replace("-", "_"))
+        if name[0] == "-" and type(default) in (int, float) and not (
+                0 < value < math.inf or value == default == 0):
+            parser.error(f"{name} {value}: must be above 0" + " or 0" * (default == 0))
     args.run(args)
 
 

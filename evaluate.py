@@ -423,7 +423,7 @@ def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
     that was cut off, by the limit or by the model's context, is wrong unless its answer was boxed
     already."""
     prompts = ask(problems, tokenizer)
-    context = model.config.raw.get("max_position_embeddings", 10 ** 9)
+    context = model.config.max_position_embeddings
     jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, and the largest batch first
     starts = range(0, len(jobs), batch_size)

@@ -1,9 +1,8 @@
-"""A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders.
+"""A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders, in HF's names.
 
 One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
-head size, a tied head. Parameters have HF's names. Letters in all files: B sequences, T tokens, D
-hidden, H query and K key/value heads, Dh head size, V vocabulary, N supervised tokens. Papers:
-Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388.
+head size, a tied head. Letters in all files: B sequences, T tokens, D hidden, H query and K
+key/value heads, Dh head size, V vocabulary, N supervised tokens. arXiv 2407.21783, 2505.09388.
 """
 
 import json
@@ -40,9 +39,9 @@ def fetch(path_or_repo: str | Path) -> Path:
 
 def read_json(file: Path) -> dict:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{file}: missing, or not a JSON object ({error})") from error
+        return dict(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{file}: missing, or not a JSON object ({error!s:.200})") from error
 
 
 ONLY = {  # keys of config.json that change the computation, with the values implemented here
@@ -50,9 +49,10 @@ ONLY = {  # keys of config.json that change the computation, with the values imp
     "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
     "attention_dropout": (0,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
+    "tie_word_embeddings": (False, True), "attention_bias": (False, True),
     "quantization_config": (), "auto_map": (), "mrope_section": (), "full_attention": ()}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads")
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -60,25 +60,27 @@ class Config:
     """config.json as attributes under HF's names, checked; `raw` is the file as it was."""
 
     def __init__(self, raw: dict, source: str | Path = "config.json"):
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
+        old, new = (raw.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+        check(isinstance(old, dict) and isinstance(new, dict), f"{source}: rope_scaling and "
+              f"rope_parameters = {old!s:.60} and {new!s:.60}: not objects")
+        given = {**raw, "rope_type": old.get("type"), **old, **new}  # "type" is the older name
         heads, kind = raw.get("num_attention_heads"), raw.get("model_type")
-        values = {"model_type": None, "rope_type": "default", "rope_theta": 10000.0,
-                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+        values = {"model_type": None, "rope_type": "default", "rope_theta": 1e4,
+                  "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-6,
                   "num_key_value_heads": heads if kind == "llama" else None,
+                  "max_position_embeddings": 10 ** 9,
                   **{key: value for key, value in given.items() if value is not None}}
         llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
-
         def accept(fine: bool, key: str, why: str) -> None:
             check(fine, f"{source}: {key} = {values.get(key)!s:.60}: {why}")
-
         for key, known in ONLY.items():
             found = values.get(key, [])
             accept(all(item in known for item in (found if isinstance(found, list) else [found])),
                    key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
         for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
-            kinds = int if key in SIZES else (int, float)
-            accept(isinstance(values.get(key), kinds) and values[key] > 0, key, "not positive")
+            fine = type(values.get(key)) in (int, int if key in SIZES else float)
+            fine = fine and 0 < values[key] <= (999 if key == "num_hidden_layers" else 10 ** 9)
+            accept(fine, key, "not a positive number, or an absurd one")
         values.setdefault("head_dim", 128 if kind == "qwen3" else values["hidden_size"] // heads)
         accept(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "uneven groups")
         accept(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs an even number")
@@ -171,15 +173,14 @@ class Transformer(nn.Module):
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
         self.generation, self.eos_token_ids = {}, []  # generation_config.json, and the ids in it
+        self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 pad: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> hidden [B, T, D], causal. Batches are padded on the right; or on the
         left, then pad [B] says how far. A cache goes before the tokens and is extended by them."""
-        x = self.model.embed_tokens(tokens)
-        start = 0 if cache is None else cache.length
+        x, start = self.model.embed_tokens(tokens), 0 if cache is None else cache.length
         column, mask = torch.arange(start + tokens.shape[1], device=x.device), None
         positions = column[None, start:]  # [1 or B, T]
         if start or pad is not None:
@@ -209,17 +210,16 @@ class Transformer(nn.Module):
         """(new tokens, the EOS included, their fp32 log-probabilities at temperature 1) of each
         prompt. Temperature 0 is greedy. A row draws from its own generator, seeded with (seed, row)
         or seed[row], whatever its neighbours. `vocab_size` cuts unused rows off the head."""
-        check(prompts and all(prompts), "generate: no prompts, or an empty one among them")
-        check(temperature >= 0 and 0 < top_p <= 1, f"generate: {temperature=}, {top_p=}?")
+        check(prompts and all(prompts) and temperature >= 0 and 0 < top_p <= 1, "generate: "
+              f"no prompts, an empty one among them, or {temperature=}, {top_p=} out of range")
         weight, B, longest = self.model.embed_tokens.weight, len(prompts), max(map(len, prompts))
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=weight.device)
         seeds = seed if isinstance(seed, list) else [seed if seed is None else (seed, row)
                                                      for row in range(B)]
         draws = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in seeds])
         draws = torch.tensor(draws, device=weight.device)  # [B, max_new_tokens] in [0, 1)
-        padded = [[0] * (longest - len(p)) + p for p in prompts]  # on the left
-        pad = torch.tensor([longest - len(p) for p in prompts], device=weight.device)
-        tokens = torch.tensor(padded, device=weight.device)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=weight.device)  # on the left
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=weight.device)
         cache = KVCache(self.config, B, longest + max_new_tokens, weight)
         out, logp, length, done = draws.long(), draws.float(), torch.zeros_like(pad), pad < 0
         rows = torch.arange(B, device=weight.device)  # the prompts that are still being answered
@@ -245,13 +245,13 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
                         device: str | torch.device = "cpu") -> "Transformer":
         """Reads a Hugging Face folder or Hub repository; every tensor must be there and fit."""
-        folder, state = fetch(path_or_repo), {}
+        folder, state, file = fetch(path_or_repo), {}, "model.safetensors.index.json"
         with torch.device("meta"):
             network = cls(Config(read_json(folder / "config.json"), folder / "config.json"))
-        index = folder / "model.safetensors.index.json"
-        files = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
         try:
-            for file in sorted(set(files)):  # mapped into memory, read where it is used
+            files = read_json(folder / file)["weight_map"] if (folder / file).exists() else {
+                "every tensor": "model.safetensors"}
+            for file in sorted({*{**files}.values()}):  # mapped into memory, read where it is used
                 state |= {name: tensor.to(device, dtype)
                           for name, tensor in load_file(folder / Path(file).name).items()
                           if not name.endswith("rotary_emb.inv_freq")}  # a constant in old files
@@ -259,13 +259,14 @@ class Transformer(nn.Module):
             if network.config.tie_word_embeddings and head is not None and head.equal(embedding):
                 del state["lm_head.weight"]  # tied, and saved all the same
             network.load_state_dict(state, strict=True, assign=True)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise BadInput(f"{folder / file}: missing, corrupt, truncated, or not what config.json "
+        except (SafetensorError, OSError, RuntimeError, LookupError, TypeError) as error:
+            raise BadInput(f"{folder}/{file}: missing, corrupt, truncated, or not what config.json "
                            f"says: {' '.join(str(error).split()):.300}") from error
         network.folder, file = folder, folder / "generation_config.json"
         network.generation = read_json(file) if file.exists() else {}
         eos = (network.config.raw | network.generation).get("eos_token_id")
         network.eos_token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        check(all(type(i) is int for i in network.eos_token_ids), f"{folder}: eos_token_id = {eos}")
         return network
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
@@ -277,9 +278,8 @@ class Transformer(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
             save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
-            for name in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
-                if (self.folder / name).exists():
-                    Path(new, name).write_bytes((self.folder / name).read_bytes())
+            for file in [*self.folder.glob("tokenizer*.json"), *self.folder.glob("*.jinja")]:
+                Path(new, file.name).write_bytes(file.read_bytes())
             for name, content in ("generation_config.json", generation), ("config.json", config):
                 Path(new, name).write_text(json.dumps(content, indent=2) + "\n")
             Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)

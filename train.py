@@ -86,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("beta", "on_policy"):
         if not 0 <= (value := getattr(args, name)) <= 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must lie between 0 and 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: must not be below 0")
     return args
 
 
@@ -120,7 +122,8 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         total = (w * losses).sum()
         (total / tokens).backward()
         sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
-    hidden.backward(rows.grad)
+    if rows.grad is not None:  # something was supervised
+        hidden.backward(rows.grad)
     return sums
 
 
@@ -148,7 +151,8 @@ def open_run(args: argparse.Namespace) -> dict:
     options = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
     options["traces_sha256"] = data.sha256(args.traces)
     if not file.exists():
-        check(not out.exists() or all(one.suffix == ".tmp" for one in out.iterdir()),
+        check(not out.exists() or (out.is_dir() and all(
+            one.suffix == ".tmp" for one in out.iterdir())),
               f"{out}: not empty, but no run of train.py; choose another --out")
         return {"options": options}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or choose "

@@ -258,7 +258,7 @@ class Script:
 
     def __init__(self, tokenizer, replies, context=99):
         self.tokenizer, self.replies, self.eos_token_ids = tokenizer, replies, [tokenizer.end]
-        self.folder, self.config = "script", Namespace(raw={"max_position_embeddings": context})
+        self.folder, self.config = "script", Namespace(max_position_embeddings=context)
 
     def sample(self, prompts, max_new_tokens, *_, **__):
         replies = [self.replies[self.tokenizer.backend.decode(p).split()[0]] for p in prompts]

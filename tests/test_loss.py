@@ -164,17 +164,31 @@ def test_fact_4_bounds(dtype):
         assert (weight - exact).abs().max() < (1e-6 if dtype != torch.bfloat16 else 0.5)
 
 
-def test_extreme_logits_stay_finite():
-    """p or q of exactly 0 and 1: values and gradients are finite for every objective."""
-    q = torch.tensor([[0.0, -1e4, -1e4], [-1e4, 0.0, 0.0], [50.0, 0.0, -50.0]], requires_grad=True)
-    p = torch.tensor([[-1e4, 0.0, -1e4], [-1e4, 0.0, 0.0], [-50.0, 0.0, 50.0]])
-    y = torch.tensor([1, 0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 152064])
+def test_extreme_logits_are_right(size, dtype):
+    """p or q of exactly 0 and 1, log-probabilities of -1e4, a vocabulary of 8 and the largest of
+    Qwen2.5: values, weights and gradients are those of float64, and finite, for every objective."""
+    q = torch.full((5, size), -1e4)
+    p, y = q.clone(), torch.tensor([1, 0, 2, 3, size - 1])
+    q[0, 0] = p[0, 1] = q[1, 1] = p[1, 1] = 0.0  # one wrong and certain; one certain together
+    q[2, :3], p[2, :3] = torch.tensor([50.0, 0.0, -50.0]), torch.tensor([-50.0, 0.0, 50.0])
+    noise = torch.randn(2, 2, size, generator=torch.Generator().manual_seed(0)) * 4
+    q[3:], p[3:] = noise[0], noise[1]
     for objective in loss.NAMES:
-        teacher = None if loss.split_name(objective)[0] == "sft" else p
-        got, weight = loss.token_losses(objective, q, y, teacher, -loss.sft(p, y))
-        grad, = torch.autograd.grad((weight * got).sum(), q)
-        assert torch.isfinite(got).all() and torch.isfinite(weight).all(), objective
-        assert torch.isfinite(grad).all(), objective
+        found = []
+        for kind in (dtype, torch.float64):
+            student = q.to(dtype).to(kind).requires_grad_()
+            teacher = p.to(dtype).to(kind)
+            got, weight = loss.token_losses(
+                objective, student, y, None if loss.split_name(objective)[0] == "sft" else teacher,
+                -loss.sft(teacher, y))
+            grad, = torch.autograd.grad((weight * got).sum(), student)
+            found.append([x.detach().double() for x in (got, weight, grad)])
+        for ours, exact, at_most in zip(*found, (1e-4, 1e-6, 1e-2 if dtype == torch.bfloat16 else
+                                                 1e-4), strict=True):
+            assert ours.isfinite().all(), objective
+            assert ((ours - exact).abs() / (1 + exact.abs())).max() < at_most, objective
 
 
 def tabular(start, tau, steps=20000, teacher=(0.5, 0.3, 0.2)):

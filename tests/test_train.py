@@ -59,6 +59,33 @@ def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkey
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, far", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_odd_lengths_are_right(toy_model, traces, tmp_path, dtype, far):
+    """A response of 2 000 tokens, of one, of only the end of turn, and a trace (or a batch) without
+    any supervised token, with log p from 0 to -1e4: the gradient is that of float64, and finite."""
+    rng, end = np.random.default_rng(0), 3
+    shapes = {"long": (5, 2000), "one": (9, 1), "end": (4, 0), "nothing": (6, -1)}
+    examples = []
+    for name, (prompt, response) in shapes.items():
+        ids = np.append(rng.integers(4, 129, prompt + max(response, 0)), end).astype(np.int32)
+        p_logp = rng.choice([0.0, -0.5, -1e4], response + 1).astype(np.float32)
+        examples.append(data.Example(name, ids, prompt + (response < 0), p_logp))
+    batch, found = data.collate(examples), []
+    assert len(batch.y) == 2001 + 2 + 1
+    args = options(toy_model, traces, tmp_path)
+    for args.dtype in (dtype, "float64"):
+        student = Transformer.from_pretrained(toy_model, getattr(torch, args.dtype) if
+                                              args.dtype == "float64" else torch.float32)
+        sums = train.backward(student, batch, args, len(batch.y), 129)
+        found.append([sums, *(p.grad.double() for p in student.parameters())])
+        assert train.backward(student, data.collate(examples[3:]), args, 1, 129).tolist() == [0] * 4
+    size = max(exact.abs().max() for exact in found[1][1:])
+    assert all(x.isfinite().all() for x in found[0])
+    assert max((x - exact).abs().max() for x, exact in zip(*found, strict=True) if x.ndim > 0
+               and x is not found[0][0]) < far * size
+    assert ((found[0][0] - found[1][0]).abs() / found[1][0]).max() < far
+
+
 def test_result_does_not_depend_on_the_cut(toy_model, traces, tmp_path):
     """Guards a mean of micro-batch means: on ragged data 8 x 1, 4 x 2 and 1 x 8 must agree, in the
     gradient to 1e-6, and over a whole run. (AdamW turns the rounding of gradients that are zero in

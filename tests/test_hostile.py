@@ -1,0 +1,263 @@
+"""Broken and hostile files and values, through the commands that meet them: each ends in one line
+that names the file, line, key or value. Nothing is executed, nothing half-written stays."""
+
+import json
+import math
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import train
+from model import BadInput
+
+GOOD = {"id": 1, "prompt": "7 a+3 b*4", "response": "a=0 b=0 #### 0", "answer": "0",
+        "teacher_logprobs": [-1.0] * 5}
+
+
+@pytest.fixture
+def place(toy_model, tmp_path, monkeypatch):
+    """A folder with a model, traces and problems, to spoil; commands run in it."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    data.write_jsonl(tmp_path / "t.jsonl", [GOOD] * 3)
+    data.write_jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "7 a+3", "answer": "0"}])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMANDS = {
+    "train": (lambda argv: train.train(train.parse_args(argv)),
+              "--student m --traces t.jsonl --out run --steps 1 --device cpu"),
+    "score": (data.main, "score --traces t.jsonl --teacher m --out o.jsonl --device cpu"),
+    "served": (data.main, "score --traces t.jsonl --student m --out o.jsonl"),
+    "select": (data.main, "select --traces t.jsonl --student m --out o.jsonl --device cpu"),
+    "mix": (data.main, "mix --answers t.jsonl --traces t.jsonl --student m --out o.jsonl --all"),
+    "accuracy": (evaluate.main, "accuracy --model m --benchmark p.jsonl --out o.jsonl "
+                 "--max-new-tokens 2 --device cpu"),
+    "grade": (evaluate.main, "grade --traces t.jsonl --out o.jsonl"),
+    "compare": (evaluate.main, "compare t.jsonl t.jsonl"),
+    "exposure": (evaluate.main, "exposure --teacher m --student m --benchmark p.jsonl --out o.jsonl"
+                 " --max-new-tokens 2 --device cpu"),
+    "weights": (evaluate.main, "weights m --traces t.jsonl --out o.html --device cpu"),
+    "report": (evaluate.main, "report m")}
+
+
+def run(command: str, *more: str) -> None:
+    main, options = COMMANDS[command]
+    main([*options.split(), *more])
+
+
+def second(line: str | bytes | dict) -> dict[str, bytes]:
+    """Traces whose second line is this one."""
+    text = line if isinstance(line, bytes) else (
+        json.dumps(line) if isinstance(line, dict) else line).encode("utf-8", "surrogatepass")
+    return {"t.jsonl": json.dumps(GOOD).encode() + b"\n" + text + b"\n"}
+
+
+def problem(**change) -> dict[str, bytes]:
+    return {"p.jsonl": json.dumps({"id": 1, "prompt": "7 a+3", "answer": "0"} | change).encode()}
+
+
+def config(**change) -> tuple[str, dict]:
+    return "m/config.json", change
+
+
+def template(text: str) -> dict[str, bytes]:
+    return {"m/chat_template.jinja": text.encode("utf-8", "surrogateescape")}
+
+
+def header(text: str, length: int | None = None) -> dict[str, bytes]:
+    raw = text.encode()
+    return {"m/model.safetensors": struct.pack("<Q", len(raw) if length is None else length) + raw
+            + bytes(64)}
+
+
+def index(weight_map) -> dict[str, bytes]:
+    return {"m/model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
+
+
+CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), options, the error
+    # ---- JSONL
+    ("train", second("{"), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second(b"\xff\xfe\x00"), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second(b"\x1f\x8b\x08\x00\x00"), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second("[" * 100_000), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second('{"a":' * 100_000), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second('{"id": ' + "9" * 5000 + "}"), "", "t.jsonl line 2: not valid JSON"),
+    ("train", second("null"), "", "t.jsonl line 2: not a JSON object"),
+    ("train", second('"x"'), "", "t.jsonl line 2: not a JSON object"),
+    ("train", {"t.jsonl": b'[{"prompt": "x"}, 5]'}, "", "t.jsonl entry"),
+    ("train", {"t.jsonl": b"[" * 100_000}, "", "t.jsonl entry 1: not valid JSON"),
+    ("train", {"t.jsonl": b"\n\n \n"}, "", "t.jsonl: no usable trace .the file is empty"),
+    ("train", {"t.jsonl": None}, "", "t.jsonl: cannot be read: No such file"),
+    ("train", {}, "--traces m", "m: cannot be read: Is a directory"),
+    ("score", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
+    ("select", {"t.jsonl": b""}, "", "t.jsonl: no usable trace"),
+    ("grade", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
+    # ---- traces
+    ("train", second({**GOOD, "response": None}), "", "line 2: response = 'None'"),
+    ("train", second({**GOOD, "response": ["a=0"]}), "", "line 2: response = "),
+    ("train", second('{"prompt": "x", "response": "\\ud800"}'), "", "line 2: "),
+    ("grade", second('{"prompt": "x", "response": "\\ud800", "answer": "1"}'), "", "line 2: "),
+    ("train", second({**GOOD, "prompt": {"text": "x"}}), "", "line 2: prompt = "),
+    ("train", second({**GOOD, "messages": []}), "", "line 2: messages"),
+    ("train", second({**GOOD, "messages": [1]}), "", "line 2: messages"),
+    ("train", second({**GOOD, "messages": [{"role": "user"}]}), "", "line 2: messages"),
+    ("train", second({**GOOD, "messages": [{"role": "user", "content": None}]}), "",
+     "line 2: messages"),
+    ("train", second({**GOOD, "messages": [{"role": "user", "content": [{"type": "text"}]}]}), "",
+     "line 2: messages"),
+    ("train", second({**GOOD, "messages": [{"role": ["user"], "content": "x"}]}), "",
+     "line 2: messages"),
+    ("train", second({**GOOD, "teacher_logprobs": {}}), "", "line 2: no list of teacher_logprobs"),
+    ("train", second({**GOOD, "teacher_logprobs": []}), "", "line 2: teacher_logprobs: 0 numbers"),
+    ("train", second({**GOOD, "teacher_logprobs": [True] * 5}), "", "line 2: teacher_logprobs"),
+    ("train", second({**GOOD, "teacher_logprobs": [None] * 5}), "", "line 2: teacher_logprobs"),
+    ("train", second({**GOOD, "teacher_logprobs": [-math.inf] * 5}), "",
+     "line 2: teacher_logprobs: .-inf. is not"),
+    ("train", second({**GOOD, "teacher_logprobs": [[-1.0]] * 5}), "", "line 2: teacher_logprobs"),
+    ("train", second({**GOOD, "tokens": "12345"}), "", "line 2: tokens"),
+    ("train", second({**GOOD, "tokens": {"a": 1}}), "", "line 2: tokens"),
+    ("train", second({**GOOD, "tokens": [-1] * 5}), "", "line 2: tokens"),
+    ("train", second({**GOOD, "tokens": [1.5] * 5}), "", "line 2: tokens"),
+    ("train", second({**GOOD, "tokens": [[1]] * 5}), "", "line 2: tokens"),
+    ("train", second({**GOOD, "tokens": [10 ** 30] * 5}), "", "line 2: tokens"),
+    ("train", {}, "--max-length 3", "t.jsonl: no usable trace .3 longer than 3 tokens"),
+    ("grade", second({"prompt": "x", "response": "1"}), "", "line 2: no field answer"),
+    ("grade", second({**GOOD, "answer": {"a": 1}}), "", "line 2: answer = "),
+    ("served", second({"prompt": "x", "choices": "abc"}), "", "line 1: no choices"),
+    ("served", {"t.jsonl": b'{"prompt": "x", "choices": [1, {}, {"logprobs": 5}, {"logprobs": {}}]}'
+                }, "", "no trace can be used .4 no log-probabilities in a form"),
+    ("served", {"t.jsonl": b'{"prompt": "x", "choices": [{"logprobs": {"content": []}}]}'}, "",
+     "no trace can be used .1 no log-probabilities in a form"),
+    ("mix", second({"prompt": "x", "response": "a=0"}), "", "line 2: no id"),
+    ("compare", {}, "", "t.jsonl line 1: no correct, finished, setup; this should be"),
+    ("report", {}, "", "m/run.json: missing"),
+    # ---- problems
+    ("accuracy", problem(prompt=5), "", "p.jsonl line 1: prompt = '5'"),
+    ("accuracy", {"p.jsonl": b'{"prompt": "x"}'}, "", "p.jsonl line 1: no field answer"),
+    ("accuracy", problem(answer={"value": 1}), "", "p.jsonl line 1: answer = "),
+    ("accuracy", problem(answer=""), "", "p.jsonl: no problem with an answer"),
+    ("accuracy", problem(prefix="abc"), "", "problem 1: prefix: not ids"),
+    ("accuracy", problem(prefix=[10 ** 9]), "", "problem 1: prefix: not ids"),
+    ("accuracy", problem(prefix=[None]), "", "problem 1: prefix: not ids"),
+    ("accuracy", problem(prompt="\ud800"), "", "p.jsonl line 1: "),
+    ("accuracy", problem(messages=[{"role": "system", "content": "y"}, {
+        "role": "user", "content": "x"}]), "--system z", "line 1: has a system prompt of its own"),
+    ("accuracy", {"p.jsonl": 2 * b'{"id": 1, "prompt": "x", "answer": "1"}\n'}, "", "the same id"),
+    # ---- config.json
+    ("train", {"m/config.json": b"[]"}, "", "m/config.json: missing, or not a JSON object"),
+    ("train", {"m/config.json": b"\xff"}, "", "m/config.json: missing, or not a JSON object"),
+    ("train", {"m/config.json": b"[" * 100_000}, "", "m/config.json: missing, or not a JSON obj"),
+    ("train", config(hidden_size=True), "", "m/config.json: hidden_size = True"),
+    ("train", config(hidden_size=32.0), "", "m/config.json: hidden_size = 32.0"),
+    ("train", config(hidden_size=10 ** 13), "", "m/config.json: hidden_size = 1000"),
+    ("train", config(num_hidden_layers=10 ** 9), "", "m/config.json: num_hidden_layers = 1000"),
+    ("train", config(vocab_size=-129), "", "m/config.json: vocab_size = -129"),
+    ("train", config(rope_theta="1e6"), "", "m/config.json: rope_theta = 1e6"),
+    ("train", config(rope_theta=math.nan), "", "m/config.json: rope_theta = nan"),
+    ("train", config(rope_theta=math.inf), "", "m/config.json: rope_theta = inf"),
+    ("train", config(rope_scaling="linear"), "", "m/config.json: rope_scaling and .*linear"),
+    ("train", config(rope_parameters=[1]), "", "m/config.json: rope_scaling and .*1"),
+    ("train", config(layer_types={"a": 1}), "", "m/config.json: layer_types = "),
+    ("train", config(tie_word_embeddings="no"), "", "m/config.json: tie_word_embeddings = no"),
+    ("train", config(attention_bias=7), "", "m/config.json: attention_bias = 7"),
+    ("train", ("m/generation_config.json", {"eos_token_id": "3"}), "", "m: eos_token_id = 3"),
+    ("train", ("m/generation_config.json", {"eos_token_id": [3, None]}), "", "m: eos_token_id = "),
+    ("train", config(max_position_embeddings="long"), "", "max_position_embeddings = long"),
+    ("train", {"m/generation_config.json": b"{"}, "", "m/generation_config.json: missing, or not"),
+    # ---- tokenizer
+    ("train", {"m/tokenizer.json": b"{}"}, "", "m/tokenizer.json: not a readable tokenizer"),
+    ("train", {"m/tokenizer.json": b"\x00" * 99}, "", "m/tokenizer.json: not a readable tokenizer"),
+    ("train", {"m/tokenizer.json": None}, "", "m/tokenizer.json: no such file"),
+    ("train", {"m/tokenizer_config.json": b"5"}, "", "m/tokenizer_config.json: missing, or not"),
+    ("train", ("m/tokenizer_config.json", {"chat_template": 5}), "", "m: chat template"),
+    ("train", ("m/tokenizer_config.json", {"chat_template": [{"a": 1}]}), "", "m: chat template"),
+    ("train", ("m/tokenizer_config.json", {"chat_template": "hi", "eos_token": "<nobody>"}), "",
+     "m: no end-of-turn token"),
+    # ---- chat templates
+    ("train", template("{% for"), "", "m: chat template: "),
+    ("train", template("\udcff"), "", "m: chat template: UnicodeDecodeError"),
+    ("train", template("{{ messages[9].content }}"), "", "m: chat template: .*no element 9"),
+    ("train", template("{{ 1 / 0 }}"), "", "m: chat template: ZeroDivisionError"),
+    ("train", template("{{ raise_exception('only one turn') }}"), "", "m: chat .*only one turn"),
+    ("train", template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "", "m: .*is unsafe"),
+    ("train", template("{{ cycler.__init__.__globals__.os.system('touch hacked') }}"), "",
+     "m: .*is unsafe"),
+    ("train", template("{{ messages.append(1) }}"), "", "m: .*is unsafe"),
+    ("train", template("{% include '/etc/passwd' %}"), "", "m: chat template: .*no loader"),
+    ("train", template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+                       "{% endfor %}"), "", "m: chat template: .*works for more than"),
+    ("train", template("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}"
+                       "{% endmacro %}{{ f(50) }}"), "", "m: chat template: .*works for more than"),
+    ("train", template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "", "m: .*recursion"),
+    ("train", template("{{ 9 ** 9 ** 9 }}"), "", "m: chat template: .* is not allowed"),
+    ("train", template("{{ 'x' * 10000000000 }}"), "", "m: chat template: MemoryError"),
+    ("train", template("{% set ns = namespace(x='x') %}{% for i in range(60) %}"
+                       "{% set ns.x = ns.x ~ ns.x %}{% endfor %}"), "",
+     "m: chat template: (Memory|Timeout)Error"),
+    ("train", template("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"), "",
+     "m: chat template: 99,999,000 characters"),
+    # ---- weights
+    ("train", {"m/model.safetensors": None}, "", "m/model.safetensors: missing, corrupt"),
+    ("train", header("{}", 2 ** 60), "", "m/model.safetensors: missing, corrupt"),
+    ("train", header("{}", 10 ** 6), "", "m/model.safetensors: missing, corrupt"),
+    ("train", header("{" * 5000), "", "m/model.safetensors: missing, corrupt"),
+    ("train", header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 999]}}'), "",
+     "m/model.safetensors: missing, corrupt"),
+    ("train", header('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}'), "",
+     "m/model.safetensors: missing, corrupt"),
+    ("train", header('{"a": {"dtype": "PICKLE", "shape": [16], "data_offsets": [0, 64]}}'), "",
+     "m/model.safetensors: missing, corrupt"),
+    ("train", header("{}"), "", "m/model.safetensors: missing, corrupt"),
+    ("train", index({"model.norm.weight": "../../secret.safetensors"}), "",
+     "secret.safetensors: missing, corrupt"),
+    ("train", index({"model.norm.weight": 5}), "", "m/5: missing, corrupt"),
+    ("train", index([1, 2]), "", "m/model.safetensors.index.json: "),
+    ("train", index({}), "", "m/model.safetensors.index.json: "),
+    ("train", {"m/model.safetensors.index.json": b"{}"}, "", "m/model.safetensors.index.json: "),
+    # ---- values
+    *[(command, {}, f"{option} {value}", rf"{option} {value}.*: must")
+      for command, option, value in [
+          ("train", "--tau", "0"), ("train", "--tau", "nan"), ("train", "--lr", "inf"),
+          ("train", "--lr", "-1"), ("train", "--batch-size", "0"), ("train", "--beta", "2"),
+          ("train", "--steps", "-5"), ("train", "--on-policy", "nan"), ("train", "--seed", "-1"),
+          ("score", "--batch-size", "0"), ("score", "--max-length", "-1"),
+          ("select", "--keep", "0"), ("select", "--keep", "nan"), ("select", "--ratio", "-1"),
+          ("accuracy", "--samples", "0"), ("accuracy", "--temperature", "-1"),
+          ("accuracy", "--temperature", "nan"), ("accuracy", "--top-p", "0"),
+          ("accuracy", "--max-new-tokens", "0"), ("accuracy", "--limit", "-3"),
+          ("accuracy", "--seed", "-1"), ("weights", "--tau", "0"), ("mix", "--seed", "-1")]],
+    ("select", {}, "--keep 2", "--keep 2"),
+    ("select", {}, "--between (", r"--between \(: "),
+    ("accuracy", {}, "--top-p 2", "top_p=2"),
+    ("accuracy", {}, "--dtype float16", "--dtype float16: must be"),
+    ("accuracy", {}, "--device tpu9", "--device tpu9: "),
+    ("train", {}, "--device tpu9", "--device tpu9: "),
+    ("train", {}, "--out t.jsonl", "t.jsonl: "),
+    ("accuracy", {}, "--model t.jsonl", "t.jsonl: not a folder"),
+    ("accuracy", {}, "--benchmark gsm9k", "gsm9k: cannot be read"),
+    ("accuracy", {}, "--benchmark gsm8k:x", "--benchmark gsm8k:x: the splits of gsm8k are"),
+    ("accuracy", {}, "--benchmark m", "m: cannot be read: Is a directory"),
+]
+
+
+@pytest.mark.parametrize("command, spoilt, options, said", CASES, ids=[
+    f"{case[0]}-{case[3]:.60}" for case in CASES])
+def test_bad_input_is_one_line(place, capsys, command, spoilt, options, said):
+    """Guards a traceback, a hang, a wrong result, or an error that does not say where."""
+    if isinstance(spoilt, tuple):
+        file, change = spoilt
+        spoilt = {file: json.dumps(json.loads(Path(file).read_text()) | change).encode()}
+    for name, content in spoilt.items():
+        Path(name).write_bytes(content) if content is not None else Path(name).unlink()
+    before = {path.name for path in place.iterdir()}
+    with pytest.raises((BadInput, SystemExit)) as error:
+        run(command, *options.split())
+    message = str(error.value) if isinstance(error.value, BadInput) else capsys.readouterr().err
+    assert re.search(said, " ".join(message.split())), message
+    assert {path.name for path in place.iterdir()} == before
