@@ -25,7 +25,7 @@ import re
 import shutil
 import signal
 import sys
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -73,28 +73,29 @@ TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=Fa
 @contextmanager
 def limits(seconds: float = 2.0, memory: int = 2 ** 28) -> Iterator[None]:
     """A chat template is a stranger's program. Its sandbox keeps it from files and from Python's
-    insides, but not from working for ever (TimeoutError) or, on Linux, from taking more than
-    `memory` bytes (MemoryError). Other systems have no such limit to set."""
-    deadline, tracer = time.monotonic() + seconds, sys.gettrace()
+    insides; here it is kept from working for ever (TimeoutError; not on Windows, and only in the
+    main thread) and from taking all memory (MemoryError; only on Linux)."""
+    def late(number: int, frame) -> None:
+        raise TimeoutError(f"works for more than {seconds:g} s")
 
-    def trace(frame, event, arg):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"works for more than {seconds:g} s")
-        return trace if frame.f_code.co_filename == "<template>" else None  # a call for each line
-
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if linux := sys.platform == "linux":
         import resource  # there is none on Windows
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory
-        most = most if soft == resource.RLIM_INFINITY else min(most, soft)
     try:
         if linux:
-            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-        sys.settrace(trace)
+            resource.setrlimit(resource.RLIMIT_AS, (
+                most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+        if timed:
+            handler = signal.signal(signal.SIGALRM, late)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
-        sys.settrace(tracer)
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
         if linux:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -104,7 +105,7 @@ class Tokenizer:
 
     def __init__(self, path_or_repo: str | Path):
         self.folder = fetch(path_or_repo)
-        file, config = self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"
+        file, options = self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"
         check(file.exists(), f"{file}: no such file; copy the tokenizer.json of the model there")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
@@ -113,13 +114,13 @@ class Tokenizer:
         self.backend.no_padding()  # some files have padding or truncation baked in
         self.backend.no_truncation()
         self.vocab = self.backend.get_vocab()
-        self.vocab_size = max(self.vocab.values()) + 1  # a model's head may have more rows
-        config = read_json(config) if config.exists() else {}
+        self.vocab_size = max(self.vocab.values(), default=0) + 1  # a head may have more rows
+        config = read_json(options) if options.exists() else {}
         if config.get("legacy") is False and "\u2581" in self.vocab:  # Llama 2: a word mark only in
             self.backend.normalizer = None  # front of a text, not behind each special token
             self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
                 prepend_scheme="first", split=False)
-        special = {key: value["content"] if isinstance(value, dict) else value
+        special = {key: value.get("content") if isinstance(value, dict) else value
                    for key, value in config.items() if key.endswith("_token")}
         self.special = {key: value for key, value in special.items() if isinstance(value, str)}
         source, file = config.get("chat_template"), self.folder / "chat_template.jinja"
@@ -141,7 +142,7 @@ class Tokenizer:
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
             _, answer, behind = self.render(turns, add_generation_prompt=False).rpartition("ANSWER")
             behind = behind if answer else ""  # a template may have no place for an answer
-            ending = self.backend.encode(behind, add_special_tokens=False).tokens + ending
+            ending = self.split(behind).tokens + ending
         special = {token.content for token in self.backend.get_added_tokens_decoder().values()}
         special.discard(self.special.get("unk_token", ""))
         for token in ending:
@@ -161,8 +162,14 @@ class Tokenizer:
         check(len(text) < 10 ** 7, f"{self.folder}: chat template: {len(text):,} characters long")
         return text
 
+    def split(self, text: str, bos: bool = False) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=bos)
+        except Exception as error:  # the Rust library raises no narrower class
+            raise BadInput(f"{self.folder}/tokenizer.json: {error} ({text!r:.60})") from error
+
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.split(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without the end-of-turn token."""
@@ -179,7 +186,7 @@ class Tokenizer:
     def prompt(self, messages: list[dict]) -> list[int]:
         """`text` as tokens. A template writes BOS itself, so it is not added; only text for a model
         without a template gets it from the tokenizer."""
-        return self.backend.encode(self.text(messages), add_special_tokens=not self.template).ids
+        return self.split(self.text(messages), bos=not self.template).ids
 
 
 def load(path_or_repo: str | Path, dtype: str = "float32",
@@ -440,7 +447,8 @@ class Batch(NamedTuple):
     ids: list[str]
 
     def to(self, device: str | torch.device) -> "Batch":
-        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        return Batch(self.tokens.to(device), self.rows.to(device), self.y.to(device),
+                     None if self.p_logp is None else self.p_logp.to(device), self.ids)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -647,7 +655,7 @@ def spell(entries: list[dict], tokenizer: Tokenizer) -> list[int]:
     if not pieces[-1]:  # the end of turn, where special tokens are skipped
         pieces[-1] = tokenizer.backend.id_to_token(tokenizer.end).encode()
     text = b"".join(pieces).decode()
-    split = tokenizer.backend.encode(text, add_special_tokens=False)
+    split = tokenizer.split(text)
     check(len(split.ids) == len(pieces) and all(
         piece in text[slice(*span)].encode() for piece, span in
         zip(pieces, split.offsets, strict=True)), "other tokens: this tokenizer splits the text "
@@ -796,7 +804,7 @@ def load_problems(benchmark: str | Path, suffix: str | None = None, system: str 
     What has an empty gold answer is left out."""
     named = str(benchmark).partition(":")[0] in BENCHMARKS and not Path(benchmark).exists()
     suffix, problems, empty = SUFFIX if suffix is None and named else suffix or "", [], 0
-    for where, record in read_jsonl(download(benchmark) if named else benchmark):
+    for where, record in read_jsonl(download(str(benchmark)) if named else benchmark):
         golds = [record[name] for name in GOLDS if name in record]
         check(golds, f"{where}: no field {' or '.join(GOLDS)}; it has {', '.join(record)}")
         gold = next((gold for gold in golds if gold not in (None, "", [])), None)
@@ -839,7 +847,7 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
     operations = [("*" if rng.random() < times else rng.choice("+-")) + rng.choice("234")
                   for _ in LETTERS]
     prompt = " ".join([str(value), *map("".join, zip(LETTERS, operations, strict=True))])
-    values = [value := SIGNS[sign](value, int(k)) % 10 for sign, k in operations]
+    values = [value := SIGNS[one[0]](value, int(one[1])) % 10 for one in operations]
     while step < len(LETTERS):
         step += step + 1 < len(LETTERS) and rng.random() < skip
         written.append(f"{LETTERS[step]}={values[step]}")

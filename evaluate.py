@@ -22,6 +22,7 @@ from fractions import Fraction
 from functools import partial, reduce
 from operator import add, mul, sub, truediv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ from model import BadInput, Transformer, check, read_json
 #   (logarithms are natural, odd roots real). Only Reader reads them: no model text is ever run.
 # - What Reader cannot read is equal letter by letter, but for spaces (and capitals, if in words).
 POINTS, LONGEST = 4, 1000  # of an answer, in characters; a longer one counts as unreadable
-FUNCTIONS = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh",
-                                                     "exp", "log")}
+FUNCTIONS: dict[str, Callable] = {name: getattr(cmath, name) for name in (
+    "sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "log")}
 FUNCTIONS |= {"arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log,
               "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
               "cot": lambda x: 1 / cmath.tan(x)}
@@ -101,7 +102,7 @@ class Answer:
 
     kind: str = ""
     items: list["Answer"] = field(default_factory=list)
-    values: list | None = None  # Fraction, float or complex, at each of POINTS points
+    values: Any = None  # [Fraction, float or complex], at each of POINTS points
     name: str = ""  # if it is one: x, a_n, AB, f(x), (p, q)
     text: str = ""  # of a number, without its sign
     percent: bool = False
@@ -120,7 +121,7 @@ def apply(function: Callable, *sides: Answer) -> Answer:
             for column in columns]) for row in sides[0].items])
     values = [function(*point) for point in zip(*(side.values for side in sides), strict=True)]
     named = function in (mul, truediv)
-    return Answer(values=values, name=together([named and side.name for side in sides]))
+    return Answer(values=values, name=together([side.name * named for side in sides]))
 
 
 def is_constant(answer: Answer) -> bool:
@@ -143,8 +144,9 @@ def power(base, exponent):
     return complex(base) ** complex(exponent)
 
 
-OPERATIONS = {"+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (4, power),
-              "!": (5, factorial), "%": (5, lambda x: x / 100)}  # sign: how tightly it binds
+OPERATIONS: dict[str, tuple[int, Callable]] = {  # sign: how tightly it binds
+    "+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (4, power),
+    "!": (5, factorial), "%": (5, lambda x: x / 100)}
 ONE = Answer(values=[Fraction(1)] * POINTS)
 
 
@@ -169,7 +171,7 @@ class Reader:
             if self.take(";"):
                 rows.append([])
             elif not self.take(","):
-                parts = [self.value()]
+                parts: list[Any] = [self.value()]
                 while sign := self.take(*RELATIONS):
                     parts += [sign, self.value()]
                 rows[-1].append(related(parts))
@@ -243,7 +245,7 @@ class Reader:
                               for draw in draws], name=f"{name}_{index}")
 
 
-def related(parts: list[Answer | str]) -> Answer:
+def related(parts: list[Any]) -> Answer:
     """[side, sign, side, ...] as one answer; more becomes less by turning it round."""
     if "\\approx" in parts:  # the exact value, if one is given
         about = parts.index("\\approx")
@@ -631,8 +633,9 @@ def exposure(args: argparse.Namespace) -> None:
     prompts = sorted(ask(problems, tokenizer), key=len)
     shape = len(prompts), args.samples, args.max_new_tokens
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
-    curve = excess(*(drift(author, teacher, student, prompts, args, tokenizer.vocab_size)
-                     .reshape(shape) for author in (student, teacher)))
+    own, theirs = (drift(author, teacher, student, prompts, args, tokenizer.vocab_size)
+                   .reshape(shape) for author in (student, teacher))
+    curve = excess(own, theirs)
     lines = [{"length": i + 1, **{key: round(float(values[i]), 6) for key, values in curve.items()}}
              for i in range(len(curve["R"]))]
     data.write_jsonl(args.out, lines)
@@ -684,8 +687,8 @@ def weights(args: argparse.Namespace) -> None:
         columns.append([f"<th>{html.escape(name)}</th>"])
         found = data.response_logp(model, examples, tokenizer.vocab_size)
         for example, q_logp in zip(examples, found, strict=True):
-            w, stream = loss.discord_weight(*map(torch.from_numpy, (q_logp, example.p_logp)),
-                                            args.tau), DecodeStream()
+            w = loss.discord_weight(torch.tensor(q_logp), torch.tensor(example.p_logp), args.tau)
+            stream = DecodeStream()
             spans = [token_span(stream.step(tokenizer.backend, token) or "", weight,
                                 f"student {q:.3g}, teacher {p:.3g}, weight {weight:.3f}")
                      for token, weight, q, p in zip(
@@ -694,7 +697,8 @@ def weights(args: argparse.Namespace) -> None:
             columns[-1].append(f"<td>{''.join(spans)}\n(mean weight {w.mean():.3f})</td>")
     rows = ["".join(row) for row in zip(*columns, strict=True)]
     for i, example in enumerate(examples, 1):
-        text = tokenizer.backend.decode(example.tokens[:example.prompt], skip_special_tokens=False)
+        text = tokenizer.backend.decode(example.tokens[:example.prompt].tolist(),
+                                        skip_special_tokens=False)
         rows[i] = (f'<td class="prompt" colspan="{len(columns)}">{html.escape(text)}</td></tr>'
                    f"\n<tr>{rows[i]}")
     legend = " ".join(token_span(f"\xa0{w:g}\xa0", w) for w in np.linspace(0, 2, 9))
@@ -743,8 +747,8 @@ def report(args: argparse.Namespace) -> None:
         axes[0, 0].set_xticklabels(groups, rotation=15, horizontalalignment="right")
         for i, (test, values) in enumerate(bars.items()):
             x = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
-            means, spreads = zip(*values, strict=True)
-            axes[0, 0].bar(x, means, 0.8 / len(bars), yerr=spreads, capsize=3, label=test,
+            heights, spreads = zip(*values, strict=True)
+            axes[0, 0].bar(x, heights, 0.8 / len(bars), yerr=spreads, capsize=3, label=test,
                            color=f"{0.85 - 0.5 * i / len(bars):.2f}", edgecolor="0.2")
         titles = {"loss": "weighted loss", "weight": "mean weight", "ess": "effective sample size"}
         for axis, (key, title) in zip(axes.flat[1:], titles.items(), strict=True):

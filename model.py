@@ -2,12 +2,13 @@
 
 One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
 head size, a tied head. Letters in all files: B sequences, T tokens, D hidden, H query and K
-key/value heads, Dh head size, V vocabulary, N supervised tokens. arXiv 2407.21783, 2505.09388.
-"""
+key/value heads, Dh head size, V vocabulary, N supervised tokens. arXiv 2407.21783, 2505.09388."""
 
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-class Config:
+class Config(SimpleNamespace):
     """config.json as attributes under HF's names, checked; `raw` is the file as it was."""
 
     def __init__(self, raw: dict, source: str | Path = "config.json"):
@@ -66,8 +67,8 @@ class Config:
         given = {**raw, "rope_type": old.get("type"), **old, **new}  # "type" is the older name
         heads, kind = raw.get("num_attention_heads"), raw.get("model_type")
         values = {"model_type": None, "rope_type": "default", "rope_theta": 1e4,
-                  "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-6,
-                  "num_key_value_heads": heads if kind == "llama" else None,
+                  "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_bias": False,
+                  "num_key_value_heads": heads if kind == "llama" else 0,
                   "max_position_embeddings": 10 ** 9,
                   **{key: value for key, value in given.items() if value is not None}}
         llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
@@ -78,13 +79,13 @@ class Config:
             accept(all(item in known for item in (found if isinstance(found, list) else [found])),
                    key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
         for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
-            fine = type(values.get(key)) in (int, int if key in SIZES else float)
-            fine = fine and 0 < values[key] <= (999 if key == "num_hidden_layers" else 10 ** 9)
-            accept(fine, key, "not a positive number, or an absurd one")
+            number = type(values.get(key)) in (int, int if key in SIZES else float)
+            most = 999 if key == "num_hidden_layers" else 1e9
+            accept(number and 0 < values[key] <= most, key, f"no number from 0 to {most:g}")
         values.setdefault("head_dim", 128 if kind == "qwen3" else values["hidden_size"] // heads)
         accept(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "uneven groups")
         accept(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs an even number")
-        self.__dict__.update(values, raw=raw, llama3=[values[key] for key in llama3])
+        super().__init__(**values, raw=raw, llama3=[values[key] for key in llama3])
 
 
 def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +168,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({
+        self.model: Any = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
@@ -216,8 +217,8 @@ class Transformer(nn.Module):
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=weight.device)
         seeds = seed if isinstance(seed, list) else [seed if seed is None else (seed, row)
                                                      for row in range(B)]
-        draws = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in seeds])
-        draws = torch.tensor(draws, device=weight.device)  # [B, max_new_tokens] in [0, 1)
+        draws = torch.tensor(np.stack([np.random.default_rng(s).random(max_new_tokens)
+                                       for s in seeds]), device=weight.device)  # [B, ...], [0, 1)
         pad = torch.tensor([longest - len(p) for p in prompts], device=weight.device)  # on the left
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=weight.device)
         cache = KVCache(self.config, B, longest + max_new_tokens, weight)
@@ -225,8 +226,7 @@ class Transformer(nn.Module):
         rows = torch.arange(B, device=weight.device)  # the prompts that are still being answered
         for step in range(max_new_tokens):
             logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
-            token = pick(logits, temperature, top_p, draws[rows, step, None])  # [rows]
-            out[rows, step] = token
+            out[rows, step] = token = pick(logits, temperature, top_p, draws[rows, step, None])
             logp[rows, step] = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
             length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
@@ -262,8 +262,8 @@ class Transformer(nn.Module):
         except (SafetensorError, OSError, RuntimeError, LookupError, TypeError) as error:
             raise BadInput(f"{folder}/{file}: missing, corrupt, truncated, or not what config.json "
                            f"says: {' '.join(str(error).split()):.300}") from error
-        network.folder, file = folder, folder / "generation_config.json"
-        network.generation = read_json(file) if file.exists() else {}
+        network.folder, options = folder, folder / "generation_config.json"
+        network.generation = read_json(options) if options.exists() else {}
         eos = (network.config.raw | network.generation).get("eos_token_id")
         network.eos_token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         check(all(type(i) is int for i in network.eos_token_ids), f"{folder}: eos_token_id = {eos}")

@@ -272,8 +272,8 @@ def distil(args: argparse.Namespace) -> dict:
             partial(written_by, student, step, args, tokenizer.vocab_size))
         writing += time.perf_counter() - waited
         tokens = sum(len(batch.y) for batch in batches)
-        sums = sum(backward(student, batch.to(args.device), args, tokens, tokenizer.vocab_size,
-                            teacher) for batch in batches)
+        sums = torch.stack([backward(student, batch.to(args.device), args, tokens,
+                                     tokenizer.vocab_size, teacher) for batch in batches]).sum(0)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()

@@ -14,6 +14,8 @@ import atexit
 import json
 import random
 import shutil
+import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,32 @@ def weights(folder):
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture
+def signals():
+    """Handlers are put back, and train.py forgets what has come."""
+    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in old.items():
+        signal.signal(name, handler)
+    train.STOP.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """The suite needs no network: a connection or a look-up that leaves this machine fails."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def local(host) -> None:
+        assert host in ("127.0.0.1", "::1", "localhost", None), f"a test asked for {host}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", lambda self, address: (
+            local(address[0] if isinstance(address, tuple) else None), connect(self, address))[1])
+        patch.setattr(socket, "getaddrinfo", lambda host, *more, **options: (
+            local(host), look_up(host, *more, **options))[1])
+        yield
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ class Hub(ThreadingHTTPServer):
     """`repos`: {"models/org/name" or "datasets/org/name": {file: bytes}}. `rows`: {(data set,
     config, split): [row]}. `faults`: {part of a request's address: what goes wrong, one after the
     other}: a status, "broken" (half the body, then the connection ends) or "truncated" (half the
-    body, as if it were all). `seen` holds the addresses of all GET requests."""
+    body, as if it were all). `seen` holds the addresses of all GET requests, `tokens` what they
+    brought along to log in."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.rows, self.faults, self.seen = {}, {}, {}, []
+        self.tokens = set()
         self.page, self.truncated = 100, []  # rows a page at most; cells of the last row cut off
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -51,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, url, fault = self.server, urlsplit(self.path), None
+        hub.tokens.add(self.headers.get("Authorization"))
         if self.command == "GET":
             hub.seen.append(self.path)
             for part, faults in hub.faults.items():

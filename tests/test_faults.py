@@ -41,16 +41,6 @@ def argv_of(args) -> list[str]:
 
 
 @pytest.fixture
-def signals():
-    """Handlers are put back, and train.py forgets what has come."""
-    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in old.items():
-        signal.signal(name, handler)
-    train.STOP.clear()
-
-
-@pytest.fixture
 def half(toy_model, traces, tmp_path, monkeypatch):
     """A run that was killed after step 7, with a checkpoint of step 5."""
     steps, original = itertools.count(1), torch.optim.AdamW.step

@@ -179,6 +179,10 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
     ("train", ("m/tokenizer_config.json", {"chat_template": [{"a": 1}]}), "", "m: chat template"),
     ("train", ("m/tokenizer_config.json", {"chat_template": "hi", "eos_token": "<nobody>"}), "",
      "m: no end-of-turn token"),
+    ("train", ("m/tokenizer_config.json", {"chat_template": None, "eos_token": {"x": 1}}), "",
+     "m: no end-of-turn token"),
+    ("train", ("m/tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"},
+                                    "added_tokens": []}), "", "m/tokenizer.json: .*Missing .UNK."),
     # ---- chat templates
     ("train", template("{% for"), "", "m: chat template: "),
     ("train", template("\udcff"), "", "m: chat template: UnicodeDecodeError"),

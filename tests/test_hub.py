@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hub import HUB
 
 import data
 import evaluate
+import train
 from model import BadInput, Transformer
 
 # benchmark -> (a file of ../shared/data/benchmarks, problems without an answer in it)
@@ -203,3 +205,42 @@ def test_tiny_gated_model(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(BadInput, match=r"org/gated: .*403"):
         data.load("org/gated")
+
+
+def test_the_users_token_stays_secret(tmp_path, toy_model, monkeypatch, capsys):
+    """Guards a login token in output, in an error, in a run's files or in the cache: records and
+    runs are published. It must reach the Hub, though."""
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRETsecret")
+    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    HUB.tokens.clear()
+    HUB.repos["models/org/name"] = model_files(toy_model)
+    publish("gsm8k", ROWS)
+    evaluate.main(["accuracy", "--model", "org/name", "--benchmark", "gsm8k", "--limit", "2",
+                   "--max-new-tokens", "2"])
+    data.write_jsonl("t.jsonl", [{"prompt": "1", "response": "2"}])
+    train.train(train.parse_args([
+        "--student", "org/name", "--traces", "t.jsonl", "--objective", "sft", "--out", "run",
+        "--steps", "1", "--device", "cpu"]))
+    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    HUB.faults, errors = {"org/name": [403] * 9, "rows": [403] * 9}, []
+    for argv in (["--model", "org/name", "--benchmark", "t.jsonl"],
+                 ["--model", str(toy_model), "--benchmark", "gsm8k:train"]):
+        with pytest.raises(BadInput) as error:
+            evaluate.main(["accuracy", *argv])
+        errors.append(str(error.value))
+    HUB.faults = {}
+    assert HUB.tokens == {"Bearer hf_SECRETsecret"} and len(errors) == 2
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for text in [*map(str.encode, [*capsys.readouterr(), *errors]), *files]:
+        assert b"SECRET" not in text
+
+
+def test_nothing_leaves_this_machine():
+    """Guards the guard of conftest.py, without which the suite might need a network unseen."""
+    for ask in (lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+                lambda: socket.socket().connect(("192.0.2.1", 80)),
+                lambda: socket.getaddrinfo("example.org", 80)):
+        with pytest.raises(AssertionError, match="a test asked for"):
+            ask()

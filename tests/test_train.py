@@ -15,6 +15,7 @@ from conftest import largest_difference, make_hf, options, weights
 from transformers import AutoModelForCausalLM
 
 import data
+import evaluate
 import loss
 import train
 from model import BadInput, Transformer
@@ -445,15 +446,21 @@ def test_gsm8k(shared, tmp_path):
     assert theirs.config.vocab_size == 151936 and difference < 1e-4
 
 
-def test_errors_of_the_command_line_are_one_line(tmp_path, traces):
+def test_errors_of_the_command_line_are_one_line(tmp_path, traces, signals):
     """Guards tracebacks and multi-line messages of the Hub's client for a mistyped name."""
-    for script, argv in (("train.py", ["--student", "nobody/none", "--traces", str(traces), "--out",
-                                       str(tmp_path / "run")]),
-                         ("evaluate.py", ["accuracy", "--model", "nobody/none", "--benchmark",
-                                          str(traces)]),
-                         ("data.py", ["score", "--traces", str(traces), "--teacher", "nobody/none",
-                                      "--out", str(tmp_path / "x")])):
-        done = subprocess.run([sys.executable, str(Path(train.__file__).with_name(script)), *argv],
-                              capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: nobody/none: not a folder, and the Hub says")
+    done = subprocess.run([sys.executable, str(Path(train.__file__)), "--student", "nobody/none",
+                           "--traces", str(traces), "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, check=False)
+    said = [done.stderr] if done.returncode == 1 else []
+    for main, argv in ((evaluate.main, ["accuracy", "--model", "nobody/none", "--benchmark",
+                                        str(traces), "--out", str(tmp_path / "x")]),
+                       (data.main, ["score", "--traces", str(traces), "--teacher", "nobody/none",
+                                    "--out", str(tmp_path / "x")])):
+        with pytest.raises(SystemExit) as error:
+            data.one_line_errors(main, argv)
+        said.append(f"{error.value}\n")
+    assert len(said) == 3
+    for text in said:
+        assert text.startswith("error: nobody/none: not a folder, and the Hub says")
+        assert text.count("\n") == 1
+    assert not list(tmp_path.iterdir())
