@@ -45,6 +45,7 @@ KINDS = {
                          {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1000000.0, "tie_word_embeddings": True},
     "qwen2 untied": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4,
+                     "attention_bias": True,  # a key that Qwen2 does not read
                      "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
     "qwen3": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
     "qwen3 biased": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},

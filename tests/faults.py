@@ -21,8 +21,8 @@ COMMANDS: dict[str, list] = {  # what is killed, and the file that is compared
     "scores.jsonl": ["data.py", "score", "--teacher", TOY / "teacher", "--traces",
                      TOY / "lessons.jsonl", "--batch-size", 16, "--device", "cpu"],
     "model.safetensors": ["train.py", "--student", TOY / "seed0/student", "--traces",
-                          TOY / "seed0/traces.jsonl", "--steps", 600, "--batch-size", 16, "--lr",
-                          1e-3, "--save-every", 5, "--log-every", 5, "--device", "cpu"]}
+                          TOY / "seed0/traces.jsonl", "--steps", 400, "--batch-size", 16, "--lr",
+                          1e-3, "--save-every", 2, "--log-every", 5, "--device", "cpu"]}
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:

@@ -234,6 +234,9 @@ def test_left_out_traces_are_counted(toy_model, tmp_path):
     assert dropped == {"wrong": 1, "unfinished": 1, "longer than 64 tokens": 1}
     assert [len(example.tokens) - example.prompt for example in examples] == [5, 5, 2]
     assert [example.id for example in examples] == ["1", "4", "6"]
+    longest = max(len(example.tokens) for example in examples)
+    for limit, kept in ((longest, 3), (longest - 1, 1)):  # as long as allowed is not too long
+        assert len(data.load_traces(file, data.Tokenizer(toy_model), limit)[0]) == kept
 
 
 @pytest.mark.parametrize("line, named", [

@@ -146,12 +146,14 @@ def test_score_goes_on(toy_model, traces, tmp_path, monkeypatch, capsys):
         data.main([*settings, str(out), *small])
     with pytest.raises(BadInput, match="cannot resume: batch_size was 1, is now 2"):
         data.main([*settings, str(out), "--batch-size", "2", "--resume"])
-    part.write_text("".join(lines[:9]) + '{"found": [[{"id"')
     monkeypatch.setattr(data, "response_logp", killed)
-    data.main([*settings, str(out), *small, "--resume"])
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
-    assert calls[0] == calls[2] and len(calls) == 5  # whole windows; the first once more
-    assert capsys.readouterr().out.partition(":")[2] == said.partition(":")[2]
+    for kept, again in (([*lines[:9], '{"found": [[{"id"'], 3), (lines, 2)):
+        calls[:] = [0, 0]
+        part.write_text("".join(kept))
+        data.main([*settings, str(out), *small, "--resume"])
+        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
+        assert len(calls) == 2 + again  # of three windows; one that is half done is done whole
+        assert capsys.readouterr().out.partition(":")[2] == said.partition(":")[2]
 
 
 def test_two_processes(toy_model, traces, tmp_path):
@@ -238,8 +240,7 @@ def test_killed_before_the_first_line(toy_model, traces, half, whole, tmp_path):
     assert not (tmp_path / "run" / "run.json.tmp").exists()
     with open(half / "log.jsonl", "a") as log:
         log.write('{"step": 9, "lo')
-    (half / "checkpoint-00000010.tmp").mkdir()  # killed inside the next checkpoint
-    (half / "checkpoint-00000010.tmp" / "model.safetensors").write_bytes(b"half")
+    (half / "checkpoint-00000010.tmp" / ".saving-x").mkdir(parents=True)  # killed in the next one
     train.train(options(toy_model, traces, half, "--resume"))
     assert largest_difference(weights(half), whole) == 0
     assert [json.loads(line)["step"] for line in open(half / "log.jsonl")] == [3, 5, 6, 9, 10, 12]
