@@ -20,14 +20,17 @@ import itertools
 import json
 import math
 import operator
+import os
 import random
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
@@ -378,7 +381,7 @@ def response_ids(record: dict, response: str, tokenizer: Tokenizer, where: str,
 
 
 class Example(NamedTuple):
-    """One trace as a student sees it; 8 bytes a token in memory."""
+    """One trace as a student sees it."""
 
     id: str
     tokens: np.ndarray  # [prompt + response] int32, the end-of-turn token last
@@ -415,11 +418,42 @@ def useless(record: dict) -> str:
     return "wrong" if record.get("correct") is False else ""
 
 
+class Traces(Sequence):
+    """Examples in a temporary file, which goes with its process: what is not in a batch takes only
+    24 bytes of memory and its id, so that a file of traces may be larger than the memory."""
+
+    def __init__(self, teacher: bool):
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115, open as long as it is used
+        self.places = array("q")  # of each: where it begins, its tokens, those of the prompt
+        self.ids: list[str] = []
+        self.teacher = teacher
+
+    def append(self, example: Example) -> None:
+        start = self.file.seek(0, os.SEEK_END)
+        self.places.extend((start, len(example.tokens), example.prompt))
+        self.ids.append(example.id)
+        self.file.write(example.tokens.tobytes() + (
+            example.p_logp.tobytes() if self.teacher else b""))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]  # or IndexError
+        start, length, prompt = self.places[3 * i:3 * i + 3]
+        self.file.seek(start)
+        tokens = np.frombuffer(self.file.read(4 * length), np.int32)
+        p_logp = self.file.read(4 * (length - prompt)) if self.teacher else None
+        return Example(self.ids[i], tokens, prompt, p_logp and np.frombuffer(p_logp, np.float32))
+
+
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: int, teacher: bool = False,
-                ) -> tuple[list[Example], Counter]:
+                ) -> tuple[Traces, Counter]:
     """(usable traces, how many were left out for which reason). A broken record raises; a wrong,
     unfinished or over-long one is counted, and never cut: half a trace teaches not to stop."""
-    examples, dropped = [], Counter()
+    examples, dropped = Traces(teacher), Counter()
     for where, record in tqdm(read_jsonl(path), desc="reading traces", unit="", disable=None):
         reason = useless(record)
         if not reason:
@@ -471,17 +505,26 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def step_batches(examples: list[Example], step: int, batch_size: int, grad_accum: int, seed: int,
-                 rewrite: Callable = lambda examples, first: examples) -> list[Batch]:
+def step_batches(examples: Sequence[Example], step: int, batch_size: int, grad_accum: int,
+                 seed: int, rewrite: Callable = lambda examples, first: examples,
+                 budget: int | None = None) -> list[Batch]:
     """The micro-batches of optimizer step `step`: the next batch_size * grad_accum traces of an
     endless stream, shuffled anew each epoch. The stream depends on the seed alone, so a resumed run
-    reads what an uninterrupted one would. Neighbours in length share a micro-batch, which
-    `rewrite(its examples, number of its first)` may change."""
+    reads what an uninterrupted one would. Neighbours in length share a micro-batch, of batch_size
+    traces or, with a budget, of at most so many tokens, padding included (one trace at least);
+    `rewrite(its examples, number of its first)` may change it."""
     size, count = batch_size * grad_accum, len(examples)
     chosen = [examples[shuffled(count, seed, i // count)[i % count]]
               for i in range(step * size, (step + 1) * size)]
     chosen.sort(key=lambda example: len(example.tokens))
-    return [collate(rewrite(chosen[i:i + batch_size], i)) for i in range(0, size, batch_size)]
+    starts = [0]
+    for i, example in enumerate(chosen):
+        width = i + 1 - starts[-1]
+        if width > batch_size if budget is None else width > 1 and width * len(
+                example.tokens) > budget:
+            starts.append(i)
+    return [collate(rewrite(chosen[i:end], i))
+            for i, end in zip(starts, [*starts[1:], size], strict=True)]
 
 
 def show(example: Example, tokenizer: Tokenizer, color: bool) -> str:

@@ -66,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="optimizer steps; if given, --epochs does not count")
     add("--batch-size", type=int, default=8, help="traces in a micro-batch (default: 8)")
     add("--grad-accum", type=int, default=4, help="micro-batches in a step (default: 4)")
+    add("--batch-tokens", type=int, help="cut the step (batch-size x grad-accum traces) into "
+        "micro-batches of at most so many tokens, padding included, instead")
     add("--lr", type=float, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
     add("--max-length", type=int, default=2048, help="longer traces are left out (default: 2048)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
@@ -79,8 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     if (args.student is None) != (args.traces is None) or not args.out:
         parser.error("give --student, --traces and --out; or none of them, for the toy world")
-    for name in ("tau", "epochs", "steps", "batch_size", "grad_accum", "lr", "max_length",
-                 "log_every", "save_every"):
+    for name in ("tau", "epochs", "steps", "batch_size", "grad_accum", "batch_tokens", "lr",
+                 "max_length", "log_every", "save_every"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name in ("beta", "on_policy"):
@@ -269,7 +271,7 @@ def distil(args: argparse.Namespace) -> dict:
         waited = time.perf_counter()
         batches = data.step_batches(
             examples, step, args.batch_size, args.grad_accum, args.seed,
-            partial(written_by, student, step, args, tokenizer.vocab_size))
+            partial(written_by, student, step, args, tokenizer.vocab_size), args.batch_tokens)
         writing += time.perf_counter() - waited
         tokens = sum(len(batch.y) for batch in batches)
         sums = torch.stack([backward(student, batch.to(args.device), args, tokens,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -289,8 +290,16 @@ def growth(bench: Bench) -> None:
                 data.step_batches(examples, step, 64, 1, 0)
             batches = time.perf_counter() - begin
             begin = time.perf_counter()
-            data.response_logp(model, examples, tokenizer.vocab_size, 64)
+            found = data.response_logp(model, examples, tokenizer.vocab_size, 64)
             scoring = time.perf_counter() - begin
+            stored = [json.dumps(data.short(values), separators=(",", ":")) for values in found]
+            held = []
+            for _ in range(2):  # tables of Python itself grow now and then
+                tracemalloc.start()
+                kept = data.load_traces(file, tokenizer, 64)
+                gc.collect()
+                held.append(tracemalloc.get_traced_memory()[0] / len(kept[0]))
+                tracemalloc.stop()
             problems = [{"id": i, **json.loads(line)} for i, line in enumerate(lines[:count // 4])]
             begin = time.perf_counter()
             answers = list(evaluate.answers(model, tokenizer, problems, max_new_tokens=12,
@@ -298,8 +307,10 @@ def growth(bench: Bench) -> None:
             sampling = time.perf_counter() - begin
             print(f"| {count} toy traces: reading, a batch of 64, scoring, sampling | "
                   f"{reading / count * 1e6:.0f} us a trace, {batches / 50 * 1e3:.2f} ms, "
-                  f"{scoring / count * 1e6:.0f} us a trace, {sampling / len(answers) * 1e6:.0f} us "
-                  "an answer | | |", flush=True)
+                  f"{scoring / count * 1e6:.0f} us a trace, {len(answers) / sampling:.0f} answers "
+                  f"a second; {min(held):.0f} bytes of memory a trace, "
+                  f"{sum(map(len, stored)) / sum(map(len, found)):.1f} bytes a stored token | | |",
+                  flush=True)
 
 
 ROWS = {"training": training, "objectives": objectives, "generation": generation,

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -333,6 +334,50 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     bytes_per_token = (out.stat().st_size - len("".join(map(json.dumps, records)))) / sum(
         len(example.p_logp) for example in examples)
     assert bytes_per_token < 20  # 8 for the signal; short toy responses carry the field names, too
+
+
+def test_traces_are_not_held_in_memory(toy_model, tmp_path):
+    """Guards memory that grows with the tokens of a file of traces (8 bytes a token are 330 bytes a
+    trace here). What comes back is what went in, in any order."""
+    record = {"prompt": "7 a+3 b*4", "response": " ".join(["a=0", "b=0"] * 18), "id": "trace",
+              "teacher_logprobs": [-0.5] * 37}
+    tokenizer, used = data.Tokenizer(toy_model), []
+    for count in (1000, 8000):
+        file = write(tmp_path / "t.jsonl", *[record] * count)
+        tracemalloc.start()
+        examples, _ = data.load_traces(file, tokenizer, 64, teacher=True)
+        used.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert (used[1] - used[0]) / 7000 < 120
+    expected = data.encode(record, tokenizer, "x line 1", teacher=True)
+    examples.append(expected._replace(id="last", tokens=expected.tokens[::-1].copy()))
+    for i, name in ((7, "trace"), (8000, "last"), (0, "trace")):
+        got = examples[i]
+        assert got.id == name and got.prompt == expected.prompt
+        assert got.tokens.tolist() == expected.tokens.tolist()[::-1 if name == "last" else 1]
+        assert got.p_logp.tolist() == [-0.5] * 37
+    assert [len(example.tokens) for example in examples[7998:]] == [len(expected.tokens)] * 3
+
+
+def test_micro_batches_of_so_many_tokens(toy_model):
+    """Guards a trace that is lost or doubled at a cut, a micro-batch beyond the budget, and one
+    trace that is larger than it (it goes alone)."""
+    rng = np.random.default_rng(0)
+    examples = [data.Example(str(i), np.arange(n, dtype=np.int32), 1, None)
+                for i, n in enumerate(rng.integers(3, 60, 40))]
+    for budget in (1, 60, 200, 10 ** 6):
+        for step in range(3):
+            plain = data.step_batches(examples, step, 4, 8, 0)
+            batches = data.step_batches(examples, step, 4, 8, 0, budget=budget)
+            assert [i for batch in batches for i in batch.ids] == [
+                i for batch in plain for i in batch.ids]
+            for batch, after in zip(batches, [*batches[1:], None], strict=True):
+                rows, width = batch.tokens.shape
+                assert rows * (width + 1) <= budget or rows == 1
+                if after is not None:  # the next one would not have fitted
+                    first = min(len(examples[int(i)].tokens) for i in after.ids)
+                    assert (rows + 1) * first > budget
+    assert len(data.step_batches(examples, 0, 4, 8, 0, budget=10 ** 6)) == 1
 
 
 # ---------------------------------------------------------------------------------------- toy world

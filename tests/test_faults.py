@@ -1,6 +1,7 @@
 """Signals, full disks, locks, kills in bad moments, another run's files: nothing is lost, and every
 refusal says what to do. faults.py kills at random moments; here the moments are chosen."""
 
+import errno
 import itertools
 import json
 import os
@@ -195,6 +196,23 @@ def test_full_disk_in_training(toy_model, traces, half, whole):
     _, said = command("train.py", *argv_of(args), **small_files(60_000)).communicate()
     assert said.startswith(f"error: {half}/checkpoint-00000010: cannot be written (") and (
         "File too large" in said and said.count("\n") == 1), said
+    assert [folder.name for folder in half.glob("checkpoint*")] == ["checkpoint-00000005"]
+    train.train(args)
+    assert largest_difference(weights(half), whole) == 0
+
+
+def test_full_disk_at_the_end(toy_model, traces, half, whole, monkeypatch):
+    """Guards an error without a path, or a run that counts as finished, when the student itself
+    does not fit any more."""
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = options(toy_model, traces, half, "--resume", "--save-every", "5")
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=(
+            rf"{half}: cannot be written \(.*No space left on device")):
+        patch.setattr(train, "save_checkpoint", lambda *_: None)
+        patch.setattr(Transformer, "save_pretrained", full)
+        train.train(args)
     assert [folder.name for folder in half.glob("checkpoint*")] == ["checkpoint-00000005"]
     train.train(args)
     assert largest_difference(weights(half), whole) == 0
