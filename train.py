@@ -183,6 +183,8 @@ def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> No
         sums = {file.name: data.sha256(file) for file in folder.iterdir()}
         sums["../run.json"] = data.sha256(out / "run.json")  # it belongs to this run
         data.write_jsonl(folder / "sums.json", [sums])
+    if hasattr(os, "sync"):  # not on Windows
+        os.sync()  # on the disk, for a machine that goes, before the last one is removed
     student.folder = final  # a later save takes the tokenizer from here: its source may be removed
     clear(out, but=final)
 

@@ -32,14 +32,19 @@ def start(name: str, folder: Path) -> subprocess.Popen:
                             stderr=subprocess.PIPE)
 
 
-def finish(process: subprocess.Popen, seconds: float | None = None) -> bool:
-    """Waits, or kills after so many seconds; True if it ended by itself, and well."""
+def finish(process: subprocess.Popen, seconds: float | None = None,
+           folder: Path | None = None) -> bool:
+    """Waits, or kills after so many seconds; given a folder, while a file is being written there.
+    True if it ended by itself, and well."""
     try:
         _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        while folder and process.poll() is None and not any(folder.glob("*.tmp")):
+            pass
         process.kill()
-        process.communicate()
-        return False
+        _, said = process.communicate()
+        if process.returncode < 0:
+            return False
     if process.returncode:
         raise SystemExit(f"failed after a kill: {said.decode()[-500:]}")
     return True
@@ -56,7 +61,7 @@ def main(wanted: int) -> None:
             runs += 1
             folder = root / f"{name}-{runs}"
             while not finish(start(name, folder), rng.uniform(2, seconds) if kills < wanted
-                             else None):
+                             else None, folder if kills % 2 else None):
                 kills += 1
                 writing += any(folder.glob("*.tmp"))
             same += (folder / name).read_bytes() == (whole / name).read_bytes()
