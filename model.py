@@ -104,7 +104,6 @@ def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 class KVCache:
     """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]."""
-
     def __init__(self, config: Config, rows: int, columns: int, like: Tensor):
         self.data = like.new_zeros(2, config.num_hidden_layers, rows, config.num_key_value_heads,
                                    columns, config.head_dim)
@@ -175,6 +174,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.generation, self.eos_token_ids = {}, []  # generation_config.json, and the ids in it
+        self.run: Any = nn.Module.__call__  # of a block; train.py may recompute activations instead
         self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
@@ -191,7 +191,7 @@ class Transformer(nn.Module):
             mask = ((column <= query) & (column >= pad[:, None, None]) | (column == query))[:, None]
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for block in self.model.layers:
-            x = block(x, rope, mask, cache)
+            x = self.run(block, x, rope, mask, cache)
         if cache is not None:
             cache.length = len(column)
         return self.model.norm(x)

@@ -68,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad-accum", type=int, default=4, help="micro-batches in a step (default: 4)")
     add("--batch-tokens", type=int, help="cut the step (batch-size x grad-accum traces) into "
         "micro-batches of at most so many tokens, padding included, instead")
+    add("--recompute", action="store_true", help="activations are computed again on the way back, "
+        "not kept: less memory, a third more time")
     add("--lr", type=float, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
     add("--max-length", type=int, default=2048, help="longer traces are left out (default: 2048)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
@@ -99,6 +101,13 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+
+
+def recomputed(block: torch.nn.Module, *args) -> Tensor:
+    """Activation checkpointing (arXiv 1604.06174) of a block. On the way back it must be computed
+    with the weights of now, which `backward` has cast and which are gone by then: they go along."""
+    return torch.utils.checkpoint.checkpoint(
+        functional_call, block, dict(block.named_parameters()), args, use_reentrant=False)
 
 
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
@@ -222,6 +231,8 @@ def distil(args: argparse.Namespace) -> dict:
     # ---- models, traces
     checkpoint, teacher = last_checkpoint(out), None
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
+    if args.recompute:
+        student.run = recomputed
     if args.teacher:
         teacher, other = data.load(args.teacher, args.dtype, args.device)
         teacher.requires_grad_(False)

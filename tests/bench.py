@@ -202,6 +202,10 @@ def objectives(bench: Bench) -> None:
     bench.row("DisCorD step, seconds of SFT over its", tokens, "tok/s",
               bench.our_step(ours, examples, "discord"),
               {"SFT": bench.our_step(ours, examples)})
+    again = bench.ours()
+    again.run = train.recomputed
+    bench.row("step with --recompute, seconds of SFT over its", tokens, "tok/s",
+              bench.our_step(again, examples), {"SFT": bench.our_step(ours, examples)})
     for name in ("kl", "todi", "gkd"):
         bench.row(f"{name} step, teacher in memory", tokens, "tok/s",
                   bench.our_step(ours, examples, name, teacher),
@@ -239,7 +243,7 @@ def loading(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     """Peaks of fresh processes: resident memory on a CPU, allocated on a GPU."""
     size = (bench.folder / "model.safetensors").stat().st_size
-    for what in ("load", "step", "discord"):
+    for what in ("load", "step", "discord", "recompute"):
         peaks = [int(subprocess.run(
             [sys.executable, __file__, "--device", bench.args.device, "--dtype", bench.args.dtype,
              "--shape", bench.args.shape, "--child", f"{side}-{what}", str(bench.folder)],
@@ -263,6 +267,8 @@ def child(bench: Bench, what: str) -> None:
     model = bench.ours() if side == "ours" else bench.theirs()
     for parameter in model.parameters():
         parameter.sum()  # what is mapped has to be read
+    if side == "ours" and work == "recompute":
+        model.run = train.recomputed
     if work != "load":
         examples = bench.examples(False)
         step = (bench.our_step(model, examples, "discord" if work == "discord" else "sft")

@@ -62,6 +62,8 @@ MUTANTS = [
     ("data.py", "np.concatenate([example.tokens[example.prompt:]", "np.concatenate([example.tokens[example.prompt - 1:-1]"),
     ("data.py", "rows.append(b * T", "rows.append(b * (T + 1)"),
     ("data.py", "shuffled(count, seed, i // count)", "shuffled(count, seed, 0)"),
+    ("data.py", "width > 1 and width * len(", "width > 1 and len("),
+    ("data.py", "self.file.read(4 * (length - prompt))", "self.file.read(4 * length)"),
     ("data.py", "range(step * size, (step + 1) * size)", "range(step * size + 1, (step + 1) * size + 1)"),
     ("data.py", "[*tokenizer.encode(response), tokenizer.end]", "[*tokenizer.encode(response)]"),
     ("data.py", "bos=not self.template", "bos=True"),
@@ -84,6 +86,7 @@ MUTANTS = [
     # ---- train.py: the reduction, accumulation, checkpoints, signals
     ("train.py", "(total / tokens).backward()", "(total / len(rows)).backward()"),
     ("train.py", "hidden.detach().requires_grad_()", "hidden"),
+    ("train.py", "functional_call, block, dict(block.named_parameters()), args, use", "block, *args, use"),
     ("train.py", "part = slice(start, start + CHUNK)", "part = slice(start, start + CHUNK - 1)"),
     ("train.py", "[:vocab_size]\n    p_hidden", "\n    p_hidden"),
     ("train.py", "clip_grad_norm_(student.parameters(), CLIP)", "clip_grad_norm_(student.parameters(), 1e9)"),

@@ -87,6 +87,27 @@ def test_odd_lengths_are_right(toy_model, traces, tmp_path, dtype, far):
     assert ((found[0][0] - found[1][0]).abs() / found[1][0]).max() < far
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_activations_are_the_same(toy_model, traces, tmp_path, dtype):
+    """Guards activations that are computed again with other weights than the first time (the fp32
+    ones: the cast ones are gone on the way back), and an option that keeps everything after all."""
+    make_hf(tmp_path / "m", "qwen2", vocab_size=129, seed=3, num_hidden_layers=6)
+    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), 64, teacher=True)
+    batch, found, kept = data.collate(examples[:16]), [], []
+    args = options(toy_model, traces, tmp_path, "--dtype", dtype)
+    for run in (torch.nn.Module.__call__, train.recomputed):
+        student = Transformer.from_pretrained(tmp_path / "m")
+        student.run, size = run, []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, size=size: size.append(x.nbytes) or x, lambda x: x):
+            student(batch.tokens)
+        kept.append(sum(size) - sum(p.nbytes for p in student.parameters()))
+        train.backward(student, batch, args, 100, 129)
+        found.append({name: p.grad for name, p in student.named_parameters()})
+    assert largest_difference(*found) == 0
+    assert kept[1] < 0.2 * kept[0]
+
+
 def test_result_does_not_depend_on_the_cut(toy_model, traces, tmp_path):
     """Guards a mean of micro-batch means: on ragged data 8 x 1, 4 x 2, 1 x 8 and a cut by tokens
     must agree, in the gradient to 1e-6, and over a whole run. (AdamW turns the rounding of
