@@ -74,10 +74,11 @@ TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=Fa
 
 
 @contextmanager
-def limits(seconds: float = 2.0, memory: int = 2 ** 28) -> Iterator[None]:
+def limits(folder: Path, seconds: float = 2.0, memory: int = 2 ** 28) -> Iterator[None]:
     """A chat template is a stranger's program. Its sandbox keeps it from files and from Python's
-    insides; here it is kept from working for ever (TimeoutError; not on Windows, and only in the
-    main thread) and from taking all memory (MemoryError; only on Linux)."""
+    insides; here it is kept from working for ever (not on Windows, and only in the main thread) and
+    from taking all memory (only on Linux). Whatever it raises is one error that names its folder.
+    """
     def late(number: int, frame) -> None:
         raise TimeoutError(f"works for more than {seconds:g} s")
 
@@ -95,6 +96,9 @@ def limits(seconds: float = 2.0, memory: int = 2 ** 28) -> Iterator[None]:
             handler = signal.signal(signal.SIGALRM, late)
             signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
+    except Exception as error:
+        raise BadInput(f"{folder}: chat template: {type(error).__name__}: {error!s:.300}"
+                       ) from error
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -127,15 +131,11 @@ class Tokenizer:
                    for key, value in config.items() if key.endswith("_token")}
         self.special = {key: value for key, value in special.items() if isinstance(value, str)}
         source, file = config.get("chat_template"), self.folder / "chat_template.jinja"
-        try:
+        with limits(self.folder):
             if isinstance(source, list):  # several templates, each with a name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
             source = file.read_text(encoding="utf-8") if file.exists() else source
-            with limits():
-                self.template = TEMPLATES.from_string(source) if source else None
-        except Exception as error:
-            raise BadInput(f"{self.folder}: chat template: {type(error).__name__}: "
-                           f"{error!s:.300}") from error
+            self.template = TEMPLATES.from_string(source) if source else None
         self.end = self._end_of_turn()
 
     def _end_of_turn(self) -> int:
@@ -155,13 +155,9 @@ class Tokenizer:
                        "eos_token in tokenizer_config.json names a special token")
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> str:
-        try:
-            with limits():
-                text = self.template.render(messages=messages, **self.special, **options,
-                                            add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a stranger's program may raise anything
-            raise BadInput(f"{self.folder}: chat template: {type(error).__name__}: "
-                           f"{error!s:.300}") from error
+        with limits(self.folder):
+            text = self.template.render(messages=messages, **self.special, **options,
+                                        add_generation_prompt=add_generation_prompt)
         check(len(text) < 10 ** 7, f"{self.folder}: chat template: {len(text):,} characters long")
         return text
 

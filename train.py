@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import loss
-from model import Transformer, check, read_json
+from model import BadInput, Transformer, check, read_json
 
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
@@ -302,10 +302,11 @@ def distil(args: argparse.Namespace) -> dict:
             continue
         rows = torch.stack([row for row, _ in pending]).tolist()  # the interval's only wait
         for i, (row, (_, ids)) in enumerate(zip(rows, pending, strict=True), done - len(rows)):
-            check(all(map(math.isfinite, row)), f"{out}: loss or gradient is not finite at step "
-                  f"{i + 1}, traces {', '.join(ids)}; the last good checkpoint: "
-                  f"{last_checkpoint(out) or 'none yet'}. Begin anew with a lower --lr, or "
-                  "without these traces")
+            if not all(map(math.isfinite, row)):
+                raise BadInput(f"{out}: loss or gradient is not finite at step {i + 1}, traces "
+                               f"{', '.join(ids)}; the last good checkpoint: "
+                               f"{last_checkpoint(out) or 'none yet'}. Begin anew with a lower "
+                               "--lr, or without these traces")
         total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
         line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
                 "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),

@@ -288,6 +288,7 @@ def test_broken_loss_stops_the_run(toy_model, traces, tmp_path):
         patch.setattr(train, "backward", poisoned)
         train.train(args)
     assert "not finite at step 5, traces t" in str(error.value)
+    assert f"checkpoint: {tmp_path / 'run' / 'checkpoint-00000004'}. Begin" in str(error.value)
     kept = [folder.name for folder in (tmp_path / "run").glob("checkpoint*")]
     assert kept == ["checkpoint-00000004"]
     train.train(options(toy_model, traces, tmp_path / "run", "--save-every", "1",
