@@ -5,6 +5,7 @@ head size, a tied head. Letters in all files: B sequences, T tokens, D hidden, H
 key/value heads, Dh head size, V vocabulary, N supervised tokens. arXiv 2407.21783, 2505.09388."""
 
 import json
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -109,15 +110,9 @@ class KVCache:
                                    columns, config.head_dim)
         self.length = 0  # columns filled
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Puts k, v [B, K, T, Dh] behind the filled columns; returns all [2, B, K, :, Dh]."""
-        end = self.length + k.shape[2]
-        self.data[:, layer, :, :, self.length:end] = torch.stack((k, v))
-        return self.data[:, layer, :, :, :end]
-
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
         H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
@@ -126,15 +121,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * Dh, D, bias=bias and not qwen2)
         norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
-        self.layer, self.head_dim = layer, Dh
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, T, Dh]
+    def forward(self, x: Tensor, rope, mask: Tensor | None, past: tuple | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, rope[0].shape[-1])).transpose(1, 2)  # [B, H, T, Dh]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (x * rope[0] + x.roll(self.head_dim // 2, -1) * rope[1]
+        q, k = (x * rope[0] + x.roll(x.shape[-1] // 2, -1) * rope[1]
                 for x in (self.q_norm(q), self.k_norm(k)))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if past is not None:  # this layer's [2, B, K, :, Dh], and the columns [T] that are new
+            k, v = past[0].index_copy_(3, past[1], torch.stack((k, v)))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -151,15 +145,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x: Tensor, rope, mask: Tensor | None, past: tuple | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -169,7 +163,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model: Any = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -181,24 +175,31 @@ class Transformer(nn.Module):
                 pad: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> hidden [B, T, D], causal. Batches are padded on the right; or on the
         left, then pad [B] says how far. A cache goes before the tokens and is extended by them."""
-        x, start = self.model.embed_tokens(tokens), 0 if cache is None else cache.length
-        column, mask = torch.arange(start + tokens.shape[1], device=x.device), None
-        positions = column[None, start:]  # [1 or B, T]
+        x, start, mask = self.model.embed_tokens(tokens), cache.length if cache else 0, None
+        end = seen = start + tokens.shape[1]
+        if cache:  # shapes stay the same for 64 tokens, which compilers and CUDA graphs want
+            cache.length, seen = end, min(end + -end % 64, cache.data.shape[4])
+        column = torch.arange(seen, device=x.device)
+        query, first = column[start:end, None], 0 if pad is None else pad[:, None, None, None]
+        positions = query.T if pad is None else (query.T - pad[:, None]).clamp(min=0)  # [1 or B, T]
         if start or pad is not None:
-            pad = torch.zeros_like(tokens[:, 0]) if pad is None else pad
-            positions, query = (positions - pad[:, None]).clamp(min=0), column[start:, None]
-            # [B, 1, T, columns]; a query always sees itself, since one that sees nothing gives NaN
-            mask = ((column <= query) & (column >= pad[:, None, None]) | (column == query))[:, None]
+            # [..., T, columns]; a query always sees itself, since one that sees nothing gives NaN
+            mask = (column <= query) & (column >= first) | (column == query)
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
-        for block in self.model.layers:
-            x = self.run(block, x, rope, mask, cache)
-        if cache is not None:
-            cache.length = len(column)
+        for i, block in enumerate(self.model.layers):
+            past = cache and (cache.data[:, i, :, :, :seen], query[:, 0])
+            x = self.run(block, x, rope, mask, past)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., V], for only those rows that are supervised or sampled."""
-        return F.linear(hidden, getattr(self, "lm_head", self.model.embed_tokens).weight)
+        weight, rows = getattr(self, "lm_head", self.model.embed_tokens).weight, hidden[..., 0]
+        if rows.numel() > 4 or (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            return F.linear(hidden, weight)
+        # For few rows MKL reads a wide matrix at 12 GB/s; cut into parts, at the 30 of the memory
+        parts = weight.unflatten(0, (math.gcd(64, len(weight)), -1))
+        x = hidden.reshape(-1, weight.shape[1]).T.expand(len(parts), -1, -1)
+        return (parts @ x).flatten(0, 1).T.reshape(*rows.shape, -1)
 
     def generate(self, *args, **options) -> list[list[int]]:
         """generate(prompts, max_new_tokens, temperature=0.0, seed=None, ...): `sample`'s tokens."""
@@ -270,8 +271,7 @@ class Transformer(nn.Module):
         return network
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Writes config, weights, EOS ids and the tokenizer files of the folder it was read from;
-        they move into `folder` once all are whole, config.json last."""
+        """Writes config, weights, EOS ids and tokenizer files; moved here once all are whole."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}  # its old name
         generation = {**self.generation, "eos_token_id": self.eos_token_ids}

@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "micro-batches of at most so many tokens, padding included, instead")
     add("--recompute", action="store_true", help="activations are computed again on the way back, "
         "not kept: less memory, a third more time")
+    add("--compile", action="store_true", help="torch.compile of the blocks: a minute at the start")
     add("--lr", type=float, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
     add("--max-length", type=int, default=2048, help="longer traces are left out (default: 2048)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
@@ -222,6 +223,8 @@ def distil(args: argparse.Namespace) -> dict:
     check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from the "
           "teacher's tokens; kl, rkl, todi and gkd (and --teacher) can judge the student's own")
     check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
+    check(not args.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ "
+          "compiler: install g++, or name another in the environment variable CXX")
     run = open_run(args)
     if "seconds" in run:
         clear(out)
@@ -233,6 +236,8 @@ def distil(args: argparse.Namespace) -> dict:
     student, tokenizer = data.load(checkpoint or args.student, device=args.device)
     if args.recompute:
         student.run = recomputed
+    for block in student.model.layers if args.compile else ():
+        block.compile()  # one graph for all of them
     if args.teacher:
         teacher, other = data.load(args.teacher, args.dtype, args.device)
         teacher.requires_grad_(False)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import evaluate
 import train
-from model import Transformer
+from model import KVCache, Transformer
 
 # (prompt, response) tokens of 32 GSM8K training problems, with the suffix, by Qwen2.5's tokenizer
 LENGTHS = [
@@ -145,7 +145,7 @@ class Bench:
         """Multiply-adds x 2 and bytes a second, measured: a large matrix product, a large sum."""
         n = 8192 if self.args.device == "cuda" else 1536
         a = torch.randn(n, n, dtype=self.dtype, device=self.args.device)
-        big = torch.zeros(64 << 20, device=self.args.device)
+        big = torch.ones(64 << 20, device=self.args.device)  # zeros share one page
         times = self.alternate(lambda: a @ a, lambda: big.sum())
         return 2 * n ** 3 / min(times[0]), 4 * len(big) / min(times[1])
 
@@ -202,10 +202,13 @@ def objectives(bench: Bench) -> None:
     bench.row("DisCorD step, seconds of SFT over its", tokens, "tok/s",
               bench.our_step(ours, examples, "discord"),
               {"SFT": bench.our_step(ours, examples)})
-    again = bench.ours()
+    again, compiled = bench.ours(), bench.ours()
     again.run = train.recomputed
-    bench.row("step with --recompute, seconds of SFT over its", tokens, "tok/s",
-              bench.our_step(again, examples), {"SFT": bench.our_step(ours, examples)})
+    for block in compiled.model.layers:
+        block.compile()
+    for option, model in (("--recompute", again), ("--compile", compiled)):
+        bench.row(f"step with {option}, seconds of SFT over its", tokens, "tok/s",
+                  bench.our_step(model, examples), {"SFT": bench.our_step(ours, examples)})
     for name in ("kl", "todi", "gkd"):
         bench.row(f"{name} step, teacher in memory", tokens, "tok/s",
                   bench.our_step(ours, examples, name, teacher),
@@ -216,11 +219,17 @@ def generation(bench: Bench) -> None:
     ours, theirs = bench.ours().to(bench.dtype), bench.theirs().to(bench.dtype)
     ours.eos_token_ids, new = [], bench.args.new_tokens
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
-    rng, (_, bandwidth) = np.random.default_rng(0), bench.peaks()
-    weights = sum(p.numel() * p.element_size() for p in ours.parameters())
+    rng, (peak, bandwidth) = np.random.default_rng(0), bench.peaks()
+    count = sum(p.numel() for p in ours.parameters())
+    head = ours.model.embed_tokens.weight.numel()
     for size in bench.args.generate:
         prompts = [rng.integers(0, V, LENGTHS[i % 32][0]).tolist() for i in range(size)]
         longest = max(map(len, prompts))
+        # the prompts' tokens are multiplied once; then each step multiplies, and reads the weights
+        # and, in the middle, the keys and values of the prompts and half of the answers
+        cache = KVCache(ours.config, size, longest + new // 2, ours.model.embed_tokens.weight).data
+        floor = 2 * (count - head) * sum(map(len, prompts)) / peak + new * max(
+            (count * cache.element_size() + cache.nbytes) / bandwidth, 2 * count * size / peak)
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         tokens, mask = tokens.to(bench.args.device), mask.to(bench.args.device)
@@ -230,8 +239,7 @@ def generation(bench: Bench) -> None:
             bench.row(f"generate, batch {size}, T = {temperature:g}", size * new, "tok/s",
                       lambda p=prompts, t=temperature: ours.generate(p, new, t, seed=0),
                       {"transformers": lambda x=tokens, m=mask, s=sampling: theirs.generate(
-                          x, attention_mask=m, max_new_tokens=new, pad_token_id=0, **s)},
-                      new * weights / bandwidth)
+                          x, attention_mask=m, max_new_tokens=new, pad_token_id=0, **s)}, floor)
 
 
 def loading(bench: Bench) -> None:
@@ -319,8 +327,28 @@ def growth(bench: Bench) -> None:
                   flush=True)
 
 
+def profiles(bench: Bench) -> None:
+    """Where the time goes: the operations that take most of it, in a step and in generation."""
+    ours, examples = bench.ours(), bench.examples(True)
+    prompts = [example.tokens[:example.prompt].tolist() for example in examples]
+    ours.eos_token_ids = []
+    for name, work in (("training step, ragged", bench.our_step(ours, examples)),
+                       ("generate, batch 1", lambda: ours.generate(prompts[:1], 32)),
+                       (f"generate, batch {len(prompts)}", lambda: ours.generate(prompts, 32))):
+        work()
+        with torch.profiler.profile() as found:
+            work()
+        gpu = bench.args.device == "cuda"
+        events = [(e.self_device_time_total if gpu else e.self_cpu_time_total, e.key)
+                  for e in found.key_averages()]
+        total = sum(time for time, _ in events)
+        print(f"| where the time goes, {name} | " + ", ".join(
+            f"{key.removeprefix('aten::')} {time / total:.0%}"
+            for time, key in sorted(events, reverse=True)[:7]) + " | | |", flush=True)
+
+
 ROWS = {"training": training, "objectives": objectives, "generation": generation,
-        "loading": loading, "memory": memory, "growth": growth}
+        "loading": loading, "memory": memory, "growth": growth, "profiles": profiles}
 
 
 def main() -> None:
@@ -333,7 +361,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32 if gpu else 4)
     parser.add_argument("--length", type=int, default=1024 if gpu else 256)
-    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 32)
+    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 128)
     parser.add_argument("--generate", type=int, nargs="*", default=[1, 32, 256] if gpu else [1, 32])
     parser.add_argument("--no-trl", dest="trl", action="store_false")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

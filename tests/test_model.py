@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import KINDS, make_hf, raw_config
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import BadInput, Config, KVCache, Transformer, pick
@@ -70,6 +71,40 @@ def test_cache_equals_full_forward(tmp_path):
     full, cache = ours(TOKENS), KVCache(ours.config, 3, 70, torch.zeros(()))
     parts = [ours(part, cache) for part in TOKENS.split([40, 5, *[1] * 25], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_decoding_keeps_its_shapes(tmp_path):
+    """Guards static shapes: a graph for the prompts and one for each 64 columns (64, 128, 192, and
+    200, all there are), not one for each token. Columns of the future must stay hidden: the same
+    tokens."""
+    ours, _ = ours_and_theirs(tmp_path, "qwen3")
+    graphs, prompts = CompileCounterWithBackend("aot_eager"), [[5, 6, 7], [8] * 20]
+    ours.eos_token_ids = []
+    expected = ours.generate(prompts, 180, 1.0, seed=3)
+    torch.compiler.reset()
+    for block in ours.model.layers:
+        block.compile(backend=graphs, dynamic=False)
+    assert ours.generate(prompts, 180, 1.0, seed=3) == expected
+    assert graphs.frame_count == 5
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2 untied"])
+def test_logits_of_few_rows(tmp_path, kind):
+    """Guards the head that is cut into parts for up to four rows: its order, rows lost or mixed,
+    and its gradient, for a vocabulary that no power of two divides (97), one that has two (104)."""
+    for V in (97, 104):
+        make_hf(tmp_path / f"{V}", kind, vocab_size=V)
+        ours = Transformer.from_pretrained(tmp_path / f"{V}")
+        rows = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        plain = ours.logits(rows)  # six rows at once
+        few = torch.stack([ours.logits(rows[:, t]) for t in range(3)], dim=1)
+        one = torch.stack([ours.logits(row) for row in rows.flatten(0, 1)]).view(2, 3, V)
+        (slope,) = torch.autograd.grad(plain.sin().sum(), rows)
+        for found in (few, one):
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), rows)[0], slope,
+                                       rtol=1e-5, atol=1e-5)
 
 
 def test_samples_follow_the_distribution(tmp_path):

@@ -6,12 +6,14 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import largest_difference, make_hf, options, weights
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 import data
@@ -106,6 +108,28 @@ def test_recomputed_activations_are_the_same(toy_model, traces, tmp_path, dtype)
         found.append({name: p.grad for name, p in student.named_parameters()})
     assert largest_difference(*found) == 0
     assert kept[1] < 0.2 * kept[0]
+
+
+@pytest.mark.parametrize(("dtype", "more"), [
+    ("float32", []), ("bfloat16", []), ("float32", ["--recompute"])])
+def test_compiled_run_is_the_same(toy_model, traces, tmp_path, monkeypatch, dtype, more):
+    """Guards --compile: weights frozen into the graph (the cast ones change with each step), a
+    graph for each block or each shape (at most two: one more when the shape changes), and an option
+    that does nothing. The compiler's front and autograd are the real ones; C++ would take 30 s."""
+    graphs, saved = CompileCounterWithBackend("aot_eager"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(
+        torch.nn.Module.compile, backend=graphs))
+    make_hf(tmp_path / "m", "qwen2", vocab_size=129, seed=3, num_hidden_layers=3)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(toy_model / file, tmp_path / "m")
+    for run in ([], ["--compile"]):
+        torch.compiler.reset()
+        args = options(tmp_path / "m", traces, tmp_path / f"run{run}", "--dtype", dtype,
+                       "--batch-size", "2", "--grad-accum", "2", "--lr", "1e-4", *more, *run)
+        train.train(args)
+        saved.append(weights(tmp_path / f"run{run}"))
+    assert largest_difference(*saved) < 2e-5
+    assert 1 <= graphs.frame_count <= 2
 
 
 def test_result_does_not_depend_on_the_cut(toy_model, traces, tmp_path):
