@@ -912,19 +912,25 @@ def save_toy_tokenizer(folder: Path) -> int:
     return len(words)
 
 
+def save_toy_model(folder: Path, layers: int, width: int, seed: int) -> None:
+    """An untrained Llama with the toy's tokenizer."""
+    torch.manual_seed(seed)
+    Transformer(Config({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "tie_word_embeddings": False})).save_pretrained(folder)
+
+
 def build_toy(root: Path, seed: int) -> None:
     """Untrained models, lessons by the rule, problems to train on and to hold out; what is there is
     left as it is. The seed varies the student, its lessons and the problems, not the teacher."""
     home = root / f"seed{seed}"
-    for folder, layers, width in ((root / "blank-teacher", 2, 96), (home / "blank-student", 1, 48)):
+    for folder, *sizes in ((root / "blank-teacher", 2, 96, 0),
+                           (home / "blank-student", 1, 48, seed + 1)):
         if not (folder / "config.json").exists():
-            torch.manual_seed(seed + 1 if folder.parent == home else 0)
-            Transformer(Config({
-                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
-                "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-                "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-                "rope_theta": 10000.0, "tie_word_embeddings": False})).save_pretrained(folder)
+            save_toy_model(folder, *sizes)
     for file, count, kind in ((root / "lessons.jsonl", 30000, {"skip": 0.6}),
                               (root / "held-out.jsonl", 1000, {}),
                               (home / "lessons.jsonl", 8000, {"times": 0.1}),
