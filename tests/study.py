@@ -1,0 +1,452 @@
+"""Does the correction work, when does it hurt? python tests/study.py [PART...]
+
+The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
+the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
+as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
+two cores), tau, spelling, length, capacity, dead, ahead, probe, figures.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import evaluate
+import loss
+import train
+
+ROOT = Path("runs/study")
+COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 100 --device cpu --resume"
+ANSWER = "--batch-size 500 --device cpu --resume"
+STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # 97.5 %, by the number of seeds
+
+
+# ---- Worlds
+
+
+@dataclass(frozen=True)
+class World:
+    """What may differ from the toy of train.py, which is World()."""
+
+    steps: int = 6  # operations of a problem
+    spelling: str = "joint"  # of a value: "b=6", one token; value-first "6 b"; choice-first "b 6"
+    skip: float = 0.6  # how readily the teacher leaves a value out
+    times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
+    lessons: int = 300  # training steps of the student before it meets the teacher
+    marked: float = 1.0  # share of the student's lessons that end in "#### answer"
+    layers: int = 1  # of the student; the teacher has two of width 96
+    width: int = 48
+
+    def folder(self, *only: str) -> Path:
+        """A name of what differs (in these fields)."""
+        parts = [f"{one.name}={getattr(self, one.name)}" for one in fields(self)
+                 if (one.name in only or not only) and getattr(self, one.name) != one.default]
+        return ROOT / (",".join(parts) or "toy")
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder("steps", "spelling", "skip") / "teacher"
+
+    def home(self, seed: int) -> Path:
+        return self.folder() / f"seed{seed}"
+
+    def records(self, file: Path, count: int, times: float = 1 / 3, skip: float = 0.0,
+                marked: float = 1.0) -> None:
+        """Writes problems with their traces by the rule, in this world's spelling."""
+        if file.exists():
+            return
+        rng, found = random.Random(str(file.relative_to(ROOT))), []
+        for i in range(count):
+            record = data.toy_trace(rng, times, skip)
+            *values, _, answer = record["response"].split()
+            pairs = [value.split("=") for value in values]
+            values = {"joint": values, "value-first": [f"{v} {k}" for k, v in pairs],
+                      "choice-first": [f"{k} {v}" for k, v in pairs]}[self.spelling]
+            values += [f"#### {answer}"] * (rng.random() < marked)
+            found.append({"id": i, **record, "response": " ".join(values)})
+        data.write_jsonl(file, found)
+
+    def model(self, folder: Path, layers: int, width: int, seed: int) -> None:
+        if (folder / "config.json").exists():
+            return
+        data.save_toy_tokenizer = self.tokenizer
+        data.save_toy_model(folder, layers, width, seed)
+
+    def tokenizer(self, folder: Path, save: Callable = data.save_toy_tokenizer) -> int:
+        """The toy's, with a word for each step where the spelling needs one."""
+        size, file = save(folder), folder / "tokenizer.json"
+        raw = json.loads(file.read_text())
+        letters = "" if self.spelling == "joint" else data.LETTERS
+        raw["model"]["vocab"] |= {letter: size + i for i, letter in enumerate(letters)}
+        file.write_text(json.dumps(raw))
+        return size + len(letters)
+
+    @property
+    def longest(self) -> int:
+        return 2 * self.steps + 6
+
+    def prepare_teacher(self) -> None:
+        home = self.teacher.parent
+        self.model(home / "blank-teacher", 2, 96, 0)
+        self.records(home / "lessons.jsonl", 30000, skip=self.skip)
+        self.records(home / "held-out.jsonl", 1000)
+        self.records(home / "validation.jsonl", 500)
+        fit(home / "blank-teacher", home / "lessons.jsonl", self.teacher,
+            "--objective sft --steps 2000 --lr 5e-3")
+        accuracies(self, self.teacher)
+
+    def prepare_student(self, seed: int) -> None:
+        home = self.home(seed)
+        self.model(home / "blank-student", self.layers, self.width, seed + 1)
+        self.records(home / "lessons.jsonl", 8000, times=self.times, marked=self.marked)
+        self.records(home / "problems.jsonl", 4000)
+        fit(home / "blank-student", home / "lessons.jsonl", home / "student",
+            f"--objective sft --steps {self.lessons} --lr 5e-3")
+        evaluate.main([*f"accuracy --model {self.teacher} --benchmark {home}/problems.jsonl --seed "
+                       f"{seed} --temperature 1 --max-new-tokens {self.longest} --out "
+                       f"{home}/traces.jsonl".split(), *ANSWER.split()])
+        accuracies(self, home / "student")
+
+
+def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
+    return train.train(train.parse_args([
+        "--student", str(student), "--traces", str(traces), "--out", str(out), *COMMON.split(),
+        *options.split()]))
+
+
+def accuracies(world: World, model: Path, problems: str = "held-out") -> dict[str, float]:
+    """Greedy and sampled once at T = 1, on problems that nobody has seen."""
+    found = {}
+    for name, temperature in (("greedy", 0), ("sampled", 1)):
+        out = model / f"{problems}-{name}.jsonl"
+        evaluate.main([*f"accuracy --model {model} --benchmark {world.teacher.parent}/"
+                       f"{problems}.jsonl --temperature {temperature} --max-new-tokens "
+                       f"{world.longest} --out {out}".split(), *ANSWER.split()])
+        records = evaluate.read_answers(out)
+        found |= {name: evaluate.summarise(records)["accuracy"],
+                  "length": evaluate.summarise(records)["mean_tokens"],
+                  "marker": np.mean(["####" in record["response"] for record in records])}
+    return {key: round(float(value), 4) for key, value in found.items()}
+
+
+# ---- Runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student's training in one or several stages, each (options of train.py, changes below).
+    A stage goes on from the one before; with a probe, from the student again."""
+
+    world: World
+    seed: int
+    label: str
+    stages: tuple
+    validate: bool = False
+    exposure: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.world.home(self.seed) / self.label
+
+    def do(self) -> dict:
+        out = self.folder / "row.json"
+        if out.exists():
+            return json.loads(out.read_text())
+        home = self.world.home(self.seed)
+        model, row = home / "student", {"seconds": 0.0}
+        for i, (options, changes) in enumerate(self.stages):
+            weight = dict(changes)
+            if "probe" in weight:
+                weight["probe"], model = model, home / "student"
+            changed(home / "traces.jsonl", **weight)
+            if loss.split_name(options.split()[1])[0] != "sft":
+                options += f" --teacher {self.world.teacher}"
+            run = fit(model, home / "traces.jsonl", self.folder / str(i),
+                      f"--seed {self.seed} --objective {options}")
+            model, row["seconds"] = self.folder / str(i), row["seconds"] + run["seconds"]
+            *_, (_, line) = data.read_jsonl(model / "log.jsonl")
+            row |= {"gb": round(line["gb"], 3), "weight": round(line["weight"], 3)}
+        row |= accuracies(self.world, model)
+        if self.validate:
+            valid = accuracies(self.world, model, "validation")
+            row["valid"] = (valid["greedy"] + valid["sampled"]) / 2
+        if self.exposure:
+            curve = self.folder / "curve.jsonl"
+            evaluate.main(f"exposure --teacher {self.world.teacher} --student {model} --benchmark "
+                          f"{self.world.teacher.parent}/held-out.jsonl --limit 200 --device cpu "
+                          f"--max-new-tokens 12 --batch-size 400 --out {curve}".split())
+            found = {line["length"]: line for _, line in data.read_jsonl(curve)}[7]
+            row |= {"excess": found["excess"], "epsilon": found["epsilon"]}
+        data.write_jsonl(out, [row])
+        return row
+
+
+def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | None = None,
+            ) -> None:
+    """Puts another weight (none of these is in the paper) in the place of loss.discord_weight, for
+    this process: look-ahead r_t <- sum over k >= t of gamma^(k-t) r_k within the response; a least
+    weight; the larger of the student's and a probe's log q(y) as the support."""
+    loss.discord_weight, train.backward = WEIGHT, BACKWARD
+    if not gamma and not floor and probe is None:
+        return
+    train.CHUNK, now, known = 10 ** 9, [], {}  # a micro-batch at a time, since responses are whole
+    if probe is not None:
+        model, tokenizer = data.load(probe)
+        examples, _ = data.load_traces(traces, tokenizer, 64)
+        known = dict(zip(examples.ids, map(torch.from_numpy, data.response_logp(
+            model, examples, tokenizer.vocab_size, 500)), strict=True))
+
+    def backward(student, batch, *more):
+        now[:] = [batch]
+        return BACKWARD(student, batch, *more)
+
+    def weight(q_logp, p_logp, tau):
+        support = q_logp.detach()
+        if known:
+            support = support.maximum(torch.cat([known[name] for name in now[0].ids]))
+        r, rows = (support - p_logp).tolist(), now[0].rows.tolist()
+        for t in range(len(r) - 2, -1, -1):
+            if rows[t + 1] == rows[t] + 1:  # of one response
+                r[t] += gamma * r[t + 1]
+        r = torch.tensor(r)
+        return WEIGHT(r, torch.zeros_like(r), tau).clamp(min=floor)
+
+    loss.discord_weight, train.backward = weight, backward
+
+
+WEIGHT, BACKWARD = loss.discord_weight, train.backward
+
+
+def work(job: tuple) -> object:
+    """In a process of its own: one thread, and nothing printed but errors."""
+    torch.set_num_threads(1)
+    function, world, *rest = job
+    data.LETTERS = "abcdefghijkl"[:world.steps]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return function(*rest)
+
+
+def all_of(runs: list[Run]) -> dict[Run, dict]:
+    """Their rows, after what they need has been made."""
+    worlds = {run.world: None for run in runs}
+    teachers = {world.teacher: world for world in worlds}
+    students = dict.fromkeys((run.world, run.seed) for run in runs)
+    stages = [(World.prepare_teacher, w, w) for w in teachers.values()], [
+        (World.prepare_student, w, w, seed) for w, seed in students], [
+        (Run.do, run.world, run) for run in runs]
+    rows: list = []
+    cores = sorted(os.sched_getaffinity(0))
+    with multiprocessing.get_context("fork").Pool(len(cores), maxtasksperchild=1) as pool:
+        for name, jobs in zip(("teachers", "students", "runs"), stages, strict=True):
+            rows = list(tqdm(pool.imap(work, jobs, chunksize=1), name, len(jobs)))
+    return dict(zip(runs, rows, strict=True))
+
+
+# ---- Tables
+
+
+def mean(values: list[float], digits: int = 3) -> str:
+    """Mean and half of the 95 % interval over the seeds (Student's t)."""
+    n = len(values)
+    half = STUDENT_T[n] * np.std(values, ddof=1) / np.sqrt(n)
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def table(head: list[str], rows: list[list]) -> None:
+    for row in (head, ["---"] * len(head), *rows):
+        print("|", " | ".join(map(str, row)), "|")
+
+
+def before(world: World, seeds: range) -> dict[str, list[float]]:
+    found = [accuracies(world, world.home(seed) / "student") for seed in seeds]
+    return {key: [one[key] for one in found] for key in found[0]}
+
+
+def show(rows: dict[Run, dict], columns: Callable[[Run], str] = lambda run: run.world.folder().name,
+         ) -> None:
+    """Labels down, settings across: greedy / sampled accuracy over the seeds."""
+    settings = list(dict.fromkeys(map(columns, rows)))
+    for metric in ("greedy", "sampled"):
+        found: dict[str, dict[str, list[float]]] = {}
+        for run, row in rows.items():
+            found.setdefault(run.label, {}).setdefault(columns(run), []).append(row[metric])
+        print(f"\n{metric}, mean and 95 % interval over "
+              f"{len({run.seed for run in rows})} seeds\n")
+        table(["", *settings], [[label, *(mean(cells[s]) if s in cells else "" for s in settings)]
+                                for label, cells in found.items()])
+
+
+def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: int = 800,
+         more: str = "") -> tuple:
+    return (f"{objective} --lr {lr:g} --steps {steps} {more}".strip(),
+            tuple((changes or {}).items()))
+
+
+# ---- Parts
+
+RATES = 3e-4, 1e-3, 3e-3
+OBJECTIVES = {  # name in the table: (objective, options, the teacher's part while training)
+    "sft": ("sft", "", "none"), "kl": ("kl", "", "whole model"), "rkl": ("rkl", "", "whole model"),
+    "todi": ("todi", "", "whole model"), "gkd": ("gkd", "", "whole model"),
+    "gkd, half on-policy": ("gkd", "--on-policy 0.5", "whole model"),
+    "discord": ("discord", "", "a number a token"), "discord-kl": ("discord-kl", "", "whole model"),
+    "discord-todi": ("discord-todi", "", "whole model"),
+    "discord-gkd": ("discord-gkd", "", "whole model")}
+
+
+def main_table(seeds: range = range(5)) -> None:
+    """All objectives: each with the learning rate of RATES that is best on the validation problems
+    (mean of greedy and sampled accuracy, seeds 0 and 1), then judged on the held-out ones."""
+    toy = World()
+
+    def runs(name: str, lr: float, some: range, exposure: bool = False) -> list[Run]:
+        objective, more, _ = OBJECTIVES[name]
+        return [Run(toy, seed, f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}", (
+            once(objective, lr=lr, more=more),), True, exposure) for seed in some]
+
+    grid = all_of([run for name, lr in itertools.product(OBJECTIVES, RATES)
+                   for run in runs(name, lr, range(2), True)])
+    best = {name: max(RATES, key=lambda lr, name=name: np.mean([
+        grid[run]["valid"] for run in runs(name, lr, range(2), True)])) for name in OBJECTIVES}
+    rows = all_of([run for name in OBJECTIVES for run in runs(name, best[name], seeds, True)])
+    start, lines = before(toy, seeds), []
+    lines.append(["student before", "", mean(start["greedy"]), "", mean(start["sampled"]), "", "",
+                  mean(start["length"], 1), "", "", ""])
+    plain = [rows[run] for run in runs("sft", best["sft"], seeds, True)]
+    for name in OBJECTIVES:
+        found = [rows[run] for run in runs(name, best[name], seeds, True)]
+
+        def paired(key: str, found: list = found) -> str:
+            return mean([a[key] - b[key] for a, b in zip(found, plain, strict=True)])
+
+        column = {key: [row[key] for row in found] for key in found[0]}
+        lines.append([
+            name, f"{best[name]:g}", mean(column["greedy"]),
+            paired("greedy") if name != "sft" else "", mean(column["sampled"]),
+            paired("sampled") if name != "sft" else "",
+            f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
+            mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
+            f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]])
+    table(["objective", "lr", "greedy", "− sft", "sampled, T = 1", "− sft", "ExAccErr(7) of ε",
+           "tokens", "seconds", "GB", "teacher while training"], lines)
+
+
+TAUS = 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.5, 2.0, 4.0
+
+
+def tau_runs(seeds: range = range(5)) -> list[Run]:
+    return [Run(World(), seed, f"tau={tau:g}", (once("discord", more=f"--tau {tau}"),))
+            for tau in TAUS for seed in seeds]
+
+
+def tabular(tau: float, start: list[float], rounds: int = 20000) -> list[float]:
+    """Where DisCorD leads a softmax table whose teacher is (.5, .3, .2): its expected gradient."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
+    logits = torch.tensor(start, dtype=torch.double).log()
+    for _ in range(rounds):
+        q = logits.softmax(-1)
+        push = p * loss.discord_weight(q.log(), p.log(), tau).double()
+        logits += 0.5 * (push - push.sum() * q)
+    return logits.softmax(-1).tolist()
+
+
+def tau_table() -> None:
+    show(all_of(tau_runs()))
+    print("\nthe table (.5, .3, .2), from (.4, .35, .25) and from (.9, .09, .01)\n")
+    table(["tau", "from the first", "from the second"], [
+        [tau, *("(" + ", ".join(f"{x:.3f}" for x in tabular(tau, start)) + ")"
+                for start in ([0.4, 0.35, 0.25], [0.9, 0.09, 0.01]))] for tau in TAUS])
+
+
+PLAIN = {"sft": once("sft"), "todi": once("todi"), "discord 1": once("discord", more="--tau 1"),
+         "discord 0.7": once("discord"), "discord 0.5": once("discord", more="--tau 0.5")}
+
+
+def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list[Run]:
+    return [Run(world, seed, label, some if isinstance(some[0], tuple) else (some,))
+            for world in worlds for label, some in stages.items() for seed in seeds]
+
+
+def spelling_runs(seeds: range = range(5)) -> list[Run]:
+    return runs_in([World(spelling=s) for s in ("joint", "value-first", "choice-first")], PLAIN,
+                   seeds)
+
+
+def length_runs(seeds: range = range(3)) -> list[Run]:
+    return runs_in([World(steps=n) for n in (3, 6, 9, 12)],
+                   {key: PLAIN[key] for key in ("sft", "discord 0.7")}, seeds)
+
+
+def capacity_runs(seeds: range = range(3)) -> list[Run]:
+    return runs_in([World(skip=skip, layers=layers) for layers in (1, 2)
+                    for skip in (0.1, 0.3, 0.6, 0.9)],
+                   {key: PLAIN[key] for key in ("sft", "discord 0.7")}, seeds)
+
+
+def dead_runs(seeds: range = range(5)) -> list[Run]:
+    """The student has never (or rarely) ended an answer with ####, as the teacher always does."""
+    stages = {"sft": once("sft"), "discord": once("discord"),
+              **{f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)},
+              **{f"sft {n}, then discord": (once("sft", steps=n), once("discord", steps=800 - n))
+                 for n in (10, 25, 50, 100)}}
+    return runs_in([World(marked=0.0), World(marked=0.05)], stages, seeds)
+
+
+def ahead_runs(seeds: range = range(5)) -> list[Run]:
+    """The third world was not used to choose anything."""
+    stages = {f"gamma={g}": once("discord", {"gamma": g}) for g in (0.0, 0.3, 0.5, 0.7, 0.9)}
+    return runs_in([World(), World(spelling="choice-first"),
+                    World(spelling="choice-first", steps=9)], stages, seeds)
+
+
+def probe_runs(seeds: range = range(5), n: int = 600) -> list[Run]:
+    """All cost 2 n steps. The third world was not used to choose anything."""
+    sft, plain = once("sft", steps=n), once("discord", steps=n)
+    stages = {
+        "sft, 2 n": once("sft", steps=2 * n), "todi, 2 n": once("todi", steps=2 * n),
+        "discord, 2 n": once("discord", steps=2 * n), "sft, then discord": (sft, plain),
+        **{f"probe, gamma={g}": (sft, once("discord", {"probe": True, "gamma": g}, steps=n))
+           for g in (0.0, 0.5, 0.7)},
+        "probe, gamma=0.5, then discord": (
+            once("sft", steps=2 * n // 3), once("discord", {"probe": True, "gamma": 0.5},
+                                                steps=2 * n // 3),
+            once("discord", steps=2 * n // 3))}
+    return runs_in([World(spelling="choice-first", times=0.0), World(times=0.0),
+                    World(spelling="choice-first", steps=9)], stages, seeds)
+
+
+def dead_table() -> None:
+    rows = all_of(dead_runs())
+    show(rows)
+    marks: dict[str, list[str]] = {}
+    for (label, _), some in itertools.groupby(rows, lambda run: (run.label, run.world)):
+        marks.setdefault(label, []).append(f"{np.mean([rows[run]['marker'] for run in some]):.3f}")
+    print("\nshare of sampled answers with ####\n")
+    table(["", "marked=0", "marked=0.05"], [[label, *cells] for label, cells in marks.items()])
+
+
+PARTS = {"main": main_table, "tau": tau_table, "spelling": lambda: show(all_of(spelling_runs())),
+         "length": lambda: show(all_of(length_runs())),
+         "capacity": lambda: show(all_of(capacity_runs())), "dead": dead_table,
+         "ahead": lambda: show(all_of(ahead_runs())), "probe": lambda: show(all_of(probe_runs()))}
+
+
+if __name__ == "__main__":
+    if shutil.which("git"):
+        print(f"commit {evaluate.commit()}, torch {torch.__version__}")
+    for part in sys.argv[1:] or PARTS:
+        print(f"\n## {part}\n", flush=True)
+        PARTS[part]()
