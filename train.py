@@ -171,8 +171,9 @@ def open_run(args: argparse.Namespace) -> dict:
           "another --out")
     run = read_json(file)
     for key, now in options.items():
-        check(run["options"].get(key) == now, f"{out}: cannot resume: {key} was "
-              f"{run['options'].get(key)}, is now {now}; use what it was, or choose another --out")
+        was = run["options"].get(key)  # None: the run is older than the option, so it was off
+        check((was or None) == (now or None), f"{out}: cannot resume: {key} was {was}, is now "
+              f"{now}; use what it was, or choose another --out")
     return run
 
 

@@ -154,12 +154,11 @@ class Run:
     seed: int
     label: str
     stages: tuple
-    validate: bool = False
-    exposure: bool = False
+    measured: bool = False  # on validation problems, and its exposure bias
 
     @property
     def folder(self) -> Path:
-        return self.world.home(self.seed) / self.label
+        return self.world.home(self.seed) / self.label.replace(" ", "_")
 
     def do(self) -> dict:
         out = self.folder / "row.json"
@@ -172,7 +171,7 @@ class Run:
             if "probe" in weight:
                 weight["probe"], model = model, home / "student"
             changed(home / "traces.jsonl", **weight)
-            if loss.split_name(options.split()[1])[0] != "sft":
+            if loss.split_name(options.split()[0])[0] != "sft":
                 options += f" --teacher {self.world.teacher}"
             run = fit(model, home / "traces.jsonl", self.folder / str(i),
                       f"--seed {self.seed} --objective {options}")
@@ -180,10 +179,9 @@ class Run:
             *_, (_, line) = data.read_jsonl(model / "log.jsonl")
             row |= {"gb": round(line["gb"], 3), "weight": round(line["weight"], 3)}
         row |= accuracies(self.world, model)
-        if self.validate:
+        if self.measured:
             valid = accuracies(self.world, model, "validation")
             row["valid"] = (valid["greedy"] + valid["sampled"]) / 2
-        if self.exposure:
             curve = self.folder / "curve.jsonl"
             evaluate.main(f"exposure --teacher {self.world.teacher} --student {model} --benchmark "
                           f"{self.world.teacher.parent}/held-out.jsonl --limit 200 --device cpu "
@@ -258,21 +256,18 @@ def all_of(runs: list[Run]) -> dict[Run, dict]:
 # ---- Tables
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean over seeds (Student's t)."""
+    return STUDENT_T[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+
+
 def mean(values: list[float], digits: int = 3) -> str:
-    """Mean and half of the 95 % interval over the seeds (Student's t)."""
-    n = len(values)
-    half = STUDENT_T[n] * np.std(values, ddof=1) / np.sqrt(n)
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
 def table(head: list[str], rows: list[list]) -> None:
     for row in (head, ["---"] * len(head), *rows):
         print("|", " | ".join(map(str, row)), "|")
-
-
-def before(world: World, seeds: range) -> dict[str, list[float]]:
-    found = [accuracies(world, world.home(seed) / "student") for seed in seeds]
-    return {key: [one[key] for one in found] for key in found[0]}
 
 
 def show(rows: dict[Run, dict], columns: Callable[[Run], str] = lambda run: run.world.folder().name,
@@ -307,39 +302,44 @@ OBJECTIVES = {  # name in the table: (objective, options, the teacher's part whi
     "discord-gkd": ("discord-gkd", "", "whole model")}
 
 
-def main_table(seeds: range = range(5)) -> None:
+def main_rows(seeds: range = range(5)) -> dict[str, dict[str, list]]:
     """All objectives: each with the learning rate of RATES that is best on the validation problems
     (mean of greedy and sampled accuracy, seeds 0 and 1), then judged on the held-out ones."""
     toy = World()
 
-    def runs(name: str, lr: float, some: range, exposure: bool = False) -> list[Run]:
+    def runs(name: str, lr: float, some: range) -> list[Run]:
         objective, more, _ = OBJECTIVES[name]
         return [Run(toy, seed, f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}", (
-            once(objective, lr=lr, more=more),), True, exposure) for seed in some]
+            once(objective, lr=lr, more=more),), measured=True) for seed in some]
 
     grid = all_of([run for name, lr in itertools.product(OBJECTIVES, RATES)
-                   for run in runs(name, lr, range(2), True)])
+                   for run in runs(name, lr, range(2))])
     best = {name: max(RATES, key=lambda lr, name=name: np.mean([
-        grid[run]["valid"] for run in runs(name, lr, range(2), True)])) for name in OBJECTIVES}
-    rows = all_of([run for name in OBJECTIVES for run in runs(name, best[name], seeds, True)])
-    start, lines = before(toy, seeds), []
-    lines.append(["student before", "", mean(start["greedy"]), "", mean(start["sampled"]), "", "",
-                  mean(start["length"], 1), "", "", ""])
-    plain = [rows[run] for run in runs("sft", best["sft"], seeds, True)]
+        grid[run]["valid"] for run in runs(name, lr, range(2))])) for name in OBJECTIVES}
+    rows = all_of([run for name in OBJECTIVES for run in runs(name, best[name], seeds)])
+    found = [accuracies(toy, toy.home(seed) / "student") for seed in seeds]
+    columns = {"student before": {key: [one[key] for one in found] for key in found[0]}}
     for name in OBJECTIVES:
-        found = [rows[run] for run in runs(name, best[name], seeds, True)]
+        some = [rows[run] for run in runs(name, best[name], seeds)]
+        columns[name] = {key: [row[key] for row in some] for key in some[0]} | {
+            "lr": [best[name]]}
+    return columns
 
-        def paired(key: str, found: list = found) -> str:
-            return mean([a[key] - b[key] for a, b in zip(found, plain, strict=True)])
 
-        column = {key: [row[key] for row in found] for key in found[0]}
-        lines.append([
-            name, f"{best[name]:g}", mean(column["greedy"]),
-            paired("greedy") if name != "sft" else "", mean(column["sampled"]),
-            paired("sampled") if name != "sft" else "",
-            f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
-            mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
-            f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]])
+def main_table() -> None:
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = main_rows()
+    lines = []
+    for name, column in rows.items():
+        paired = {key: mean(list(np.subtract(column[key], rows["sft"][key])))
+                  if name != "sft" else "" for key in ("greedy", "sampled")}
+        lines.append([name, f"{column['lr'][0]:g}" if "lr" in column else "",
+                      mean(column["greedy"]), paired["greedy"], mean(column["sampled"]),
+                      paired["sampled"], *([
+                          f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
+                          mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
+                          f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]]
+                          if "lr" in column else ["", mean(column["length"], 1), "", "", ""])])
     table(["objective", "lr", "greedy", "− sft", "sampled, T = 1", "− sft", "ExAccErr(7) of ε",
            "tokens", "seconds", "GB", "teacher while training"], lines)
 
@@ -348,7 +348,7 @@ TAUS = 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.5, 2.0, 4.0
 
 
 def tau_runs(seeds: range = range(5)) -> list[Run]:
-    return [Run(World(), seed, f"tau={tau:g}", (once("discord", more=f"--tau {tau}"),))
+    return [Run(World(), seed, f"discord {tau:g}", (once("discord", more=f"--tau {tau}"),))
             for tau in TAUS for seed in seeds]
 
 
@@ -371,8 +371,8 @@ def tau_table() -> None:
                 for start in ([0.4, 0.35, 0.25], [0.9, 0.09, 0.01]))] for tau in TAUS])
 
 
-PLAIN = {"sft": once("sft"), "todi": once("todi"), "discord 1": once("discord", more="--tau 1"),
-         "discord 0.7": once("discord"), "discord 0.5": once("discord", more="--tau 0.5")}
+PLAIN = {"sft": once("sft"), "todi": once("todi"), **{
+    f"discord {tau:g}": once("discord", more=f"--tau {tau}") for tau in (1.0, 0.7, 0.5)}}
 
 
 def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list[Run]:
@@ -380,7 +380,7 @@ def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list
             for world in worlds for label, some in stages.items() for seed in seeds]
 
 
-def spelling_runs(seeds: range = range(5)) -> list[Run]:
+def spelling_runs(seeds: range = range(3)) -> list[Run]:
     return runs_in([World(spelling=s) for s in ("joint", "value-first", "choice-first")], PLAIN,
                    seeds)
 
@@ -396,34 +396,34 @@ def capacity_runs(seeds: range = range(3)) -> list[Run]:
                    {key: PLAIN[key] for key in ("sft", "discord 0.7")}, seeds)
 
 
-def dead_runs(seeds: range = range(5)) -> list[Run]:
-    """The student has never (or rarely) ended an answer with ####, as the teacher always does."""
-    stages = {"sft": once("sft"), "discord": once("discord"),
-              **{f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)},
-              **{f"sft {n}, then discord": (once("sft", steps=n), once("discord", steps=800 - n))
-                 for n in (10, 25, 50, 100)}}
-    return runs_in([World(marked=0.0), World(marked=0.05)], stages, seeds)
+def dead_runs(seeds: range = range(3)) -> list[Run]:
+    """The student has never ended an answer with ####, as the teacher always does; last: rarely."""
+    few = {key: PLAIN[key] for key in ("sft", "discord 0.7")}
+    stages = few | {f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)} | {
+        f"sft {n}, then discord": (once("sft", steps=n), once("discord", steps=800 - n))
+        for n in (10, 25, 50, 100)}
+    return runs_in([World(marked=0.0)], stages, seeds) + runs_in([World(marked=0.05)], few, seeds)
 
 
 def ahead_runs(seeds: range = range(5)) -> list[Run]:
     """The third world was not used to choose anything."""
-    stages = {f"gamma={g}": once("discord", {"gamma": g}) for g in (0.0, 0.3, 0.5, 0.7, 0.9)}
+    stages = {"discord 0.7": PLAIN["discord 0.7"], **{
+        f"gamma {g}": once("discord", {"gamma": g}) for g in (0.3, 0.6, 0.9)}}
     return runs_in([World(), World(spelling="choice-first"),
                     World(spelling="choice-first", steps=9)], stages, seeds)
 
 
-def probe_runs(seeds: range = range(5), n: int = 600) -> list[Run]:
+def probe_runs(seeds: range = range(5), n: int = 500) -> list[Run]:
     """All cost 2 n steps. The third world was not used to choose anything."""
     sft, plain = once("sft", steps=n), once("discord", steps=n)
     stages = {
         "sft, 2 n": once("sft", steps=2 * n), "todi, 2 n": once("todi", steps=2 * n),
         "discord, 2 n": once("discord", steps=2 * n), "sft, then discord": (sft, plain),
-        **{f"probe, gamma={g}": (sft, once("discord", {"probe": True, "gamma": g}, steps=n))
-           for g in (0.0, 0.5, 0.7)},
-        "probe, gamma=0.5, then discord": (
-            once("sft", steps=2 * n // 3), once("discord", {"probe": True, "gamma": 0.5},
-                                                steps=2 * n // 3),
-            once("discord", steps=2 * n // 3))}
+        **{f"probe, gamma {g}": (sft, once("discord", {"probe": True, "gamma": g}, steps=n))
+           for g in (0.0, 0.5)},
+        "probe, gamma 0.5, then discord": (
+            once("sft", steps=400), once("discord", {"probe": True, "gamma": 0.5}, steps=300),
+            once("discord", steps=300))}
     return runs_in([World(spelling="choice-first", times=0.0), World(times=0.0),
                     World(spelling="choice-first", steps=9)], stages, seeds)
 
@@ -431,17 +431,127 @@ def probe_runs(seeds: range = range(5), n: int = 600) -> list[Run]:
 def dead_table() -> None:
     rows = all_of(dead_runs())
     show(rows)
-    marks: dict[str, list[str]] = {}
-    for (label, _), some in itertools.groupby(rows, lambda run: (run.label, run.world)):
-        marks.setdefault(label, []).append(f"{np.mean([rows[run]['marker'] for run in some]):.3f}")
     print("\nshare of sampled answers with ####\n")
-    table(["", "marked=0", "marked=0.05"], [[label, *cells] for label, cells in marks.items()])
+    shares = spread(rows, "marker").items()
+    table(["", "setting", "share"], [[label, world.folder().name, f"{middle:.3f} ± {half:.3f}"]
+                                     for (world, label), (middle, half) in shares])
+
+
+# ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
+
+FIGURES = Path(__file__).parent / "figures"
+COLORS = {"sft": "#e66101", "discord": "#5e3c99", "other": "0.45"}
+
+
+def spread(rows: dict[Run, dict], key: str) -> dict[tuple, tuple[float, float]]:
+    """{(world, label): (mean, half of the 95 % interval)}."""
+    found: dict[tuple, list[float]] = {}
+    for run, row in rows.items():
+        found.setdefault((run.world, run.label), []).append(row[key])
+    return {place: (np.mean(v), half_interval(v)) for place, v in found.items()}
+
+
+def line(axis, x: list, points: list[tuple], **how) -> None:
+    middle, half = map(np.array, zip(*points, strict=True))
+    axis.plot(x, middle, marker="o", **how)
+    axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=how.get("color"))
+
+
+def figures() -> None:
+    """tests/figures/result.png from main, tests/figures/study.png from the other parts."""
+    plot = evaluate.pyplot()
+    plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
+                          "axes.spines.top": False, "axes.spines.right": False})
+    FIGURES.mkdir(exist_ok=True)
+    rows = main_rows()
+    figure, axis = plot.subplots(figsize=(12, 6), layout="constrained")
+    for offset, key, face in ((0.15, "greedy", True), (-0.15, "sampled", False)):
+        for i, (name, values) in enumerate(reversed(rows.items())):
+            color = COLORS.get(name.partition("-")[0], COLORS["other"])
+            axis.errorbar(np.mean(values[key]), i + offset, xerr=half_interval(values[key]),
+                          marker="o", markersize=9, capsize=4, color=color,
+                          markerfacecolor=color if face else "white")
+    axis.set(xlim=(0, 1.02), xlabel="accuracy on unseen problems, mean and 95 % interval over five "
+             "seeds\n(full: greedy; hollow: sampled at T = 1)", yticks=range(len(rows)))
+    axis.set_yticklabels(reversed(rows))
+    axis.grid(axis="x", color="0.85")
+    figure.savefig(FIGURES / "result.png")
+
+    figure, axes = plot.subplots(2, 4, figsize=(22, 10.5), layout="constrained")
+    axes = dict(zip(("tau", "table", "length", "capacity", "spelling", "dead", "ahead", "probe"),
+                    axes.flat, strict=True))
+    found = [spread(all_of(tau_runs()), key) for key in ("greedy", "sampled")]
+    for points, (key, style) in zip(found, (("greedy", "-"), ("sampled", "--")), strict=True):
+        line(axes["tau"], TAUS, list(points.values()), color=COLORS["discord"], linestyle=style,
+             label=key)
+    ends = {"(.4, .35, .25)": [0.4, 0.35, 0.25], "(.9, .09, .01)": [0.9, 0.09, 0.01]}
+    for style, (name, start) in zip(("-", "--"), ends.items(), strict=True):
+        axes["table"].plot(TAUS, [tabular(tau, start)[0] for tau in TAUS], style, marker="o",
+                           color=COLORS["discord"], label=f"from {name}")
+    axes["table"].axhline(0.5, color="0.6", linewidth=1)
+    axes["table"].set(ylabel="q of the first entry; the teacher's is .5")
+    for name in ("tau", "table"):
+        axes[name].axvline(0.5, color="0.6", linestyle=":")
+        axes[name].set(xscale="log", xlabel="tau (dotted: 1/2)", xticks=(0.3, 0.5, 0.7, 1, 2, 4))
+        axes[name].set_xticklabels(("0.3", "0.5", "0.7", "1", "2", "4"))
+        axes[name].minorticks_off()
+    points = spread(all_of(length_runs()), "sampled")
+    for label, color in (("sft", COLORS["sft"]), ("discord 0.7", COLORS["discord"])):
+        some = {w.steps: value for (w, one), value in points.items() if one == label}
+        line(axes["length"], list(some), list(some.values()), color=color, label=label)
+    axes["length"].set(xlabel="operations in a problem", xticks=list(some))
+    points = spread(all_of(capacity_runs()), "sampled")
+    for layers, style in ((1, "-"), (2, "--")):
+        for label, color in (("sft", COLORS["sft"]), ("discord 0.7", COLORS["discord"])):
+            some = {w.skip: v for (w, one), v in points.items()
+                    if one == label and w.layers == layers}
+            line(axes["capacity"], list(some), list(some.values()), color=color, linestyle=style,
+                 label=f"{label}, {layers} layer" + "s" * (layers > 1))
+    axes["capacity"].set(xlabel="how readily the teacher merges steps", xticks=list(some))
+    for name, runs, names in (
+            ("spelling", spelling_runs(), lambda w: w.spelling),
+            ("dead", [r for r in dead_runs() if not r.world.marked], lambda w: "sampled accuracy"),
+            ("ahead", ahead_runs(), lambda w: w.folder().name),
+            ("probe", probe_runs(), lambda w: w.folder().name)):
+        rows_of = all_of(runs)
+        points, labels = spread(rows_of, "sampled"), list(dict.fromkeys(r.label for r in runs))
+        worlds = list(dict.fromkeys(run.world for run in runs))
+        for i, world in enumerate(worlds):
+            some = [points[world, label] for label in labels]
+            axes[name].errorbar(
+                [m for m, _ in some], np.arange(len(labels))[::-1] + (0.5 - i / 3) * 0.4,
+                xerr=[h for _, h in some], marker="osD"[i], linestyle="", capsize=3,
+                color=("#5e3c99", "#e66101", "0.35")[i], label=names(world))
+        if name == "dead":
+            marks = spread(rows_of, "marker")
+            axes[name].errorbar(
+                [marks[worlds[0], label][0] for label in labels], np.arange(len(labels))[::-1],
+                xerr=[marks[worlds[0], label][1] for label in labels], marker="s", linestyle="",
+                capsize=3, color="#e66101", label="answers with ####")
+        axes[name].set(yticks=range(len(labels)), xlim=(-0.02, 1.04))
+        axes[name].set_yticklabels(labels[::-1], fontsize=12)
+        axes[name].grid(axis="x", color="0.85")
+    titles = {"tau": "Temperature", "table": "A softmax table: where it ends", "length": "Length",
+              "capacity": "Where it helps, where it hurts", "spelling": "What a token decides",
+              "dead": "Dead tokens and cures", "ahead": "Look-ahead (not in the paper)",
+              "probe": "A probe (not in the paper)"}
+    for name, axis in axes.items():
+        axis.set_title(titles[name])
+        if name not in ("spelling", "dead", "ahead", "probe"):
+            axis.set_ylim(0, 1.04)
+        axis.legend(fontsize=11, loc="best")
+        if not axis.get_xlabel():
+            axis.set_xlabel("sampled accuracy")
+        elif not axis.get_ylabel():
+            axis.set_ylabel("accuracy" if name == "tau" else "sampled accuracy")
+    figure.savefig(FIGURES / "study.png")
 
 
 PARTS = {"main": main_table, "tau": tau_table, "spelling": lambda: show(all_of(spelling_runs())),
          "length": lambda: show(all_of(length_runs())),
          "capacity": lambda: show(all_of(capacity_runs())), "dead": dead_table,
-         "ahead": lambda: show(all_of(ahead_runs())), "probe": lambda: show(all_of(probe_runs()))}
+         "ahead": lambda: show(all_of(ahead_runs())), "probe": lambda: show(all_of(probe_runs())),
+         "figures": figures}
 
 
 if __name__ == "__main__":

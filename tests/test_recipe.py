@@ -122,3 +122,20 @@ def test_readme_commands_have_these_options(command, capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", said))
+
+
+def test_readme_sizes_and_code_are_those_of_the_files():
+    """Guards line counts and quoted code that have gone stale, and links to what is not there."""
+    home = Path(__file__).parents[1]
+    sizes = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
+    assert sizes == {name: str(len((home / name).read_text().splitlines())) for name in (
+        "loss.py", "model.py", "data.py", "evaluate.py", "train.py")}
+    quoted = [line.strip() for start in ("which is, in `discord_weight`", "tests/test_bridge.py; ")
+              for block in re.findall(r"\n((?:\n|    +.*\n)+)", README.partition(start)[2])[:1]
+              for line in block.splitlines() if line.strip()]
+    assert len(quoted) >= 12
+    code = "\n".join((home / name).read_text() for name in (
+        "loss.py", "train.py", "tests/test_bridge.py"))
+    assert [line for line in quoted if line not in code] == []
+    links = re.findall(r"\]\(([^)#:]+)\)|`(tests/\w+\.py)`", README)
+    assert [a or b for a, b in links if not (home / (a or b)).exists()] == []

@@ -30,7 +30,7 @@ def count(folder: Path) -> None:
                 exact = {"+": v + k, "-": v - k, "*": v * k}[sign] % 10
                 right[sign] += exact == int(values[letter])
             value = values[letter]
-    shares = "  ".join(f"{sign} {right[sign] / written[sign]:.3f}" for sign in "+-*")
+    shares = "  ".join(f"{sign} {right[sign] / max(written[sign], 1):.3f}" for sign in "+-*")
     print(f"{folder}:  {shares}  left out {skipped / (6 * len(problems)):.3f}")
 
 
