@@ -947,6 +947,17 @@ MODEL_OPTIONS = {"--dtype": ("float32", "or bfloat16: of the model"),
                  "--device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")}
 
 
+def number(kind: type, low: float = 1e-99, high: float = 1e99) -> Callable:
+    """A type for argparse: an int or a float within these bounds, by default above 0."""
+    def read(text: str) -> int | float:
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text}: must be " + (
+            "above 0" if low > 0 else f"from {low} to {high:g}" if high < 1e99 else "0 or more"))
+    read.__name__ = kind.__name__  # argparse says "invalid float value"
+    return read
+
+
 def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | None) -> None:
     """`python FILE.py FUNCTION --options`, from {function: {option: (default, help)}}; docstrings
     are help, too. A type instead of a default: required. Without dashes: how many there are."""
@@ -962,15 +973,11 @@ def command_line(about: str, commands: dict[Callable, dict], argv: list[str] | N
                 kind = {"type": default, "required": True}
             elif default is False:
                 kind = {"action": "store_true"}
-            elif default:
-                text += f" (default: {default})"
+            elif isinstance(default, int | float):
+                kind["type"] = number(type(default), 1e-99 if default else 0)
+            text += f" (default: {default})" * bool(default and default not in (int, float, str))
             command.add_argument(name, help=text, **kind if name[0] == "-" else {"nargs": default})
     args = parser.parse_args(argv)
-    for name, (default, _) in commands[args.run].items():
-        value = getattr(args, name.lstrip("-").replace("-", "_"))
-        if name[0] == "-" and type(default) in (int, float) and not (
-                0 < value < math.inf or value == default == 0):
-            parser.error(f"{name} {value}: must be above 0" + " or 0" * (default == 0))
     args.run(args)
 
 

@@ -51,48 +51,40 @@ def stop(number: int, frame) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, count, real = parser.add_argument, data.number(int), data.number(float)  # above 0
+    share = data.number(float, 0, 1)
     add("--student", help="HF folder or Hub name; without it: the toy world")
     add("--traces", help="JSONL of traces; data.py says how they look")
     add("--out", help="folder of the run (toy world: runs/toy)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--objective", default="discord", choices=loss.NAMES, help="see loss.py (default: discord)")
     add("--teacher", help="HF folder; needed by kl, rkl, todi, gkd and their discord- forms")
-    add("--tau", type=float, default=loss.TAU, help="of the DisCorD weight (default: %(default)s)")
-    add("--beta", type=float, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
-    add("--on-policy", type=float, default=0.0,
+    add("--tau", type=real, default=loss.TAU, help="of the DisCorD weight (default: %(default)s)")
+    add("--beta", type=share, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
+    add("--on-policy", type=share, default=0.0,
         help="share of the traces that the student writes anew each time (gkd; default: 0)")
-    add("--epochs", type=float, default=3, help="passes over the traces (default: 3)")
-    add("--steps", type=int, help="optimizer steps; if given, --epochs does not count")
-    add("--batch-size", type=int, default=8, help="traces in a micro-batch (default: 8)")
-    add("--grad-accum", type=int, default=4, help="micro-batches in a step (default: 4)")
-    add("--batch-tokens", type=int, help="cut the step (batch-size x grad-accum traces) into "
+    add("--epochs", type=real, default=3, help="passes over the traces (default: 3)")
+    add("--steps", type=count, help="optimizer steps; if given, --epochs does not count")
+    add("--batch-size", type=count, default=8, help="traces in a micro-batch (default: 8)")
+    add("--grad-accum", type=count, default=4, help="micro-batches in a step (default: 4)")
+    add("--batch-tokens", type=count, help="cut the step (batch-size x grad-accum traces) into "
         "micro-batches of at most so many tokens, padding included, instead")
     add("--recompute", action="store_true", help="activations are computed again on the way back, "
         "not kept: less memory, a third more time")
     add("--compile", action="store_true", help="torch.compile of the blocks: a minute at the start")
-    add("--lr", type=float, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
-    add("--max-length", type=int, default=2048, help="longer traces are left out (default: 2048)")
+    add("--lr", type=real, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
+    add("--max-length", type=count, default=2048, help="longer traces are left out (default: 2048)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--seed", type=int, default=0, help="of the order of the traces (default: 0)")
-    add("--log-every", type=int, default=10, help="steps from log line to log line (default: 10)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
+    add("--seed", type=data.number(int, 0), default=0, help="order of the traces (default: 0)")
+    add("--log-every", type=count, default=10, help="steps from log line to log line (default: 10)")
+    add("--save-every", type=count, default=500, help="steps between checkpoints (default: 500)")
     args = parser.parse_args(argv)
     if args.student is None:
         parser.set_defaults(**TOY)
         args = parser.parse_args(argv)
     if (args.student is None) != (args.traces is None) or not args.out:
         parser.error("give --student, --traces and --out; or none of them, for the toy world")
-    for name in ("tau", "epochs", "steps", "batch_size", "grad_accum", "batch_tokens", "lr",
-                 "max_length", "log_every", "save_every"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("beta", "on_policy"):
-        if not 0 <= (value := getattr(args, name)) <= 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must lie between 0 and 1")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: must not be below 0")
     return args
 
 

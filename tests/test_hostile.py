@@ -228,7 +228,7 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
     ("train", index({}), "", "m/model.safetensors.index.json: "),
     ("train", {"m/model.safetensors.index.json": b"{}"}, "", "m/model.safetensors.index.json: "),
     # ---- values
-    *[(command, {}, f"{option} {value}", rf"{option} {value}.*: must")
+    *[(command, {}, f"{option} {value}", rf"{option}: {value}.*: must")
       for command, option, value in [
           ("train", "--tau", "0"), ("train", "--tau", "nan"), ("train", "--lr", "inf"),
           ("train", "--lr", "-1"), ("train", "--batch-size", "0"), ("train", "--beta", "2"),

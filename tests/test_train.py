@@ -442,12 +442,12 @@ def test_on_policy_resumes_bit_for_bit(toy_model, traces, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--on-policy", "2"], "--on-policy 2.0: must lie between 0 and 1"),
+    (["--on-policy", "2"], "--on-policy: 2: must be from 0 to 1"),
     (["--student", "s"], "give --student, --traces and --out"),
     (["--student", "s", "--traces", "t"], "give --student, --traces and --out"),
-    (["--tau", "0"], "--tau 0.0: must be above 0"), (["--lr", "nan"], "--lr nan: must be above 0"),
-    (["--steps", "-1"], "--steps -1: must be above 0"),
-    (["--beta", "1.5"], "--beta 1.5: must lie between"),
+    (["--tau", "0"], "--tau: 0: must be above 0"), (["--lr", "nan"], "--lr: nan: must be above 0"),
+    (["--steps", "-1"], "--steps: -1: must be above 0"),
+    (["--beta", "1.5"], "--beta: 1.5: must be from 0 to 1"),
     (["--objective", "dpo"], "invalid choice: 'dpo'"), (["--stu", "x"], "unrecognized arguments")])
 def test_command_line_refuses(argv, message, capsys):
     with pytest.raises(SystemExit):
