@@ -371,7 +371,7 @@ def tau_table() -> None:
                 for start in ([0.4, 0.35, 0.25], [0.9, 0.09, 0.01]))] for tau in TAUS])
 
 
-PLAIN = {"sft": once("sft"), "todi": once("todi"), **{
+PLAIN = {"sft": once("sft"), "rkl": once("rkl"), **{
     f"discord {tau:g}": once("discord", more=f"--tau {tau}") for tau in (1.0, 0.7, 0.5)}}
 
 
@@ -417,7 +417,7 @@ def probe_runs(seeds: range = range(5), n: int = 500) -> list[Run]:
     """All cost 2 n steps. The third world was not used to choose anything."""
     sft, plain = once("sft", steps=n), once("discord", steps=n)
     stages = {
-        "sft, 2 n": once("sft", steps=2 * n), "todi, 2 n": once("todi", steps=2 * n),
+        "sft, 2 n": once("sft", steps=2 * n), "rkl, 2 n": once("rkl", steps=2 * n),
         "discord, 2 n": once("discord", steps=2 * n), "sft, then discord": (sft, plain),
         **{f"probe, gamma {g}": (sft, once("discord", {"probe": True, "gamma": g}, steps=n))
            for g in (0.0, 0.5)},
