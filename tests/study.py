@@ -455,6 +455,10 @@ def line(axis, x: list, points: list[tuple], **how) -> None:
     axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=how.get("color"))
 
 
+def short(world: World) -> str:
+    return world.folder().name.replace("spelling=", "").replace(",lessons=800", "")
+
+
 def figures() -> None:
     """tests/figures/result.png from main, tests/figures/study.png from the other parts."""
     plot = evaluate.pyplot()
@@ -475,7 +479,7 @@ def figures() -> None:
     axis.grid(axis="x", color="0.85")
     figure.savefig(FIGURES / "result.png")
 
-    figure, axes = plot.subplots(2, 4, figsize=(22, 10.5), layout="constrained")
+    figure, axes = plot.subplots(2, 4, figsize=(22, 12.5), layout="constrained")
     axes = dict(zip(("tau", "table", "length", "capacity", "spelling", "dead", "ahead", "probe"),
                     axes.flat, strict=True))
     found = [spread(all_of(tau_runs()), key) for key in ("greedy", "sampled")]
@@ -509,8 +513,7 @@ def figures() -> None:
     for name, runs, names in (
             ("spelling", spelling_runs(), lambda w: w.spelling),
             ("dead", [r for r in dead_runs() if not r.world.marked], lambda w: "sampled accuracy"),
-            ("ahead", ahead_runs(), lambda w: w.folder().name),
-            ("probe", probe_runs(), lambda w: w.folder().name)):
+            ("ahead", ahead_runs(), short), ("probe", probe_runs(), short)):
         rows_of = all_of(runs)
         points, labels = spread(rows_of, "sampled"), list(dict.fromkeys(r.label for r in runs))
         worlds = list(dict.fromkeys(run.world for run in runs))
@@ -537,7 +540,8 @@ def figures() -> None:
         axis.set_title(titles[name])
         if name not in ("spelling", "dead", "ahead", "probe"):
             axis.set_ylim(0, 1.04)
-        axis.legend(fontsize=11, loc="best")
+        axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
+                    ncols=2 if name not in ("ahead", "probe") else 1)
         if not axis.get_xlabel():
             axis.set_xlabel("sampled accuracy")
         elif not axis.get_ylabel():

@@ -137,5 +137,5 @@ def test_readme_sizes_and_code_are_those_of_the_files():
     code = "\n".join((home / name).read_text() for name in (
         "loss.py", "train.py", "tests/test_bridge.py"))
     assert [line for line in quoted if line not in code] == []
-    links = re.findall(r"\]\(([^)#:]+)\)|`(tests/\w+\.py)`", README)
+    links = re.findall(r"\]\(([^)#:]+)\)|\b(tests/\w+\.py)", README)
     assert [a or b for a, b in links if not (home / (a or b)).exists()] == []
