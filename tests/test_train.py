@@ -132,6 +132,14 @@ def test_compiled_run_is_the_same(toy_model, traces, tmp_path, monkeypatch, dtyp
     assert 1 <= graphs.frame_count <= 2
 
 
+def test_no_compiler_is_said_at_once(toy_model, traces, tmp_path, monkeypatch):
+    """Guards a traceback from deep within torch, after the traces have been read."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler"):
+        train.train(options(toy_model, traces, tmp_path / "run", "--compile"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_result_does_not_depend_on_the_cut(toy_model, traces, tmp_path):
     """Guards a mean of micro-batch means: on ragged data 8 x 1, 4 x 2, 1 x 8 and a cut by tokens
     must agree, in the gradient to 1e-6, and over a whole run. (AdamW turns the rounding of
