@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         weight, rows = getattr(self, "lm_head", self.model.embed_tokens).weight, hidden[..., 0]
         if rows.numel() > 16 or (weight.device.type, weight.dtype) != ("cpu", torch.float32):
             return F.linear(hidden, weight)
-        # MKL multiplies few rows by a wide matrix at a third of the speed of memory: not in parts
+        # MKL takes few rows through a wide matrix at a third of memory's speed, in parts at all
         parts = weight.unflatten(0, (math.gcd(64, len(weight)), -1))
         x = hidden.reshape(-1, weight.shape[1]).T.expand(len(parts), -1, -1)
         return (parts @ x).flatten(0, 1).T.reshape(*rows.shape, -1)

@@ -227,7 +227,8 @@ def generation(bench: Bench) -> None:
         longest = max(map(len, prompts))
         # the prompts' tokens are multiplied once; then each step multiplies, and reads the weights
         # and, in the middle, the keys and values of the prompts and half of the answers
-        cache = KVCache(ours.config, size, longest + new // 2, ours.model.embed_tokens.weight).data
+        cache = KVCache(ours.config, size, longest + new // 2, torch.empty(
+            0, dtype=bench.dtype, device="meta")).data  # only its size is wanted
         floor = 2 * (count - head) * sum(map(len, prompts)) / peak + new * max(
             (count * cache.element_size() + cache.nbytes) / bandwidth, 2 * count * size / peak)
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])

@@ -41,13 +41,12 @@ class World:
     """What may differ from the toy of train.py, which is World()."""
 
     steps: int = 6  # operations of a problem
-    spelling: str = "joint"  # of a value: "b=6", one token; value-first "6 b"; choice-first "b 6"
+    spelling: str = "joint"  # of a value: "b=6", one token; or choice-first: "b 6", two
     skip: float = 0.6  # how readily the teacher leaves a value out
     times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
     lessons: int = 300  # training steps of the student before it meets the teacher
     marked: float = 1.0  # share of the student's lessons that end in "#### answer"
-    layers: int = 1  # of the student; the teacher has two of width 96
-    width: int = 48
+    layers: int = 1  # of the student, of width 48; the teacher has two of width 96
 
     def folder(self, *only: str) -> Path:
         """A name of what differs (in these fields)."""
@@ -71,9 +70,8 @@ class World:
         for i in range(count):
             record = data.toy_trace(rng, times, skip)
             *values, _, answer = record["response"].split()
-            pairs = [value.split("=") for value in values]
-            values = {"joint": values, "value-first": [f"{v} {k}" for k, v in pairs],
-                      "choice-first": [f"{k} {v}" for k, v in pairs]}[self.spelling]
+            if self.spelling == "choice-first":
+                values = [value.replace("=", " ") for value in values]
             values += [f"#### {answer}"] * (rng.random() < marked)
             found.append({"id": i, **record, "response": " ".join(values)})
         data.write_jsonl(file, found)
@@ -110,7 +108,7 @@ class World:
 
     def prepare_student(self, seed: int) -> None:
         home = self.home(seed)
-        self.model(home / "blank-student", self.layers, self.width, seed + 1)
+        self.model(home / "blank-student", self.layers, 48, seed + 1)
         self.records(home / "lessons.jsonl", 8000, times=self.times, marked=self.marked)
         self.records(home / "problems.jsonl", 4000)
         fit(home / "blank-student", home / "lessons.jsonl", home / "student",
@@ -270,18 +268,24 @@ def table(head: list[str], rows: list[list]) -> None:
         print("|", " | ".join(map(str, row)), "|")
 
 
-def show(rows: dict[Run, dict], columns: Callable[[Run], str] = lambda run: run.world.folder().name,
-         ) -> None:
-    """Labels down, settings across: greedy / sampled accuracy over the seeds."""
-    settings = list(dict.fromkeys(map(columns, rows)))
-    for metric in ("greedy", "sampled"):
-        found: dict[str, dict[str, list[float]]] = {}
-        for run, row in rows.items():
-            found.setdefault(run.label, {}).setdefault(columns(run), []).append(row[metric])
-        print(f"\n{metric}, mean and 95 % interval over "
-              f"{len({run.seed for run in rows})} seeds\n")
-        table(["", *settings], [[label, *(mean(cells[s]) if s in cells else "" for s in settings)]
-                                for label, cells in found.items()])
+def spread(rows: dict[Run, dict], key: str) -> dict[tuple, tuple[float, float]]:
+    """{(world, label): (mean, half of the 95 % interval)}."""
+    found: dict[tuple, list[float]] = {}
+    for run, row in rows.items():
+        found.setdefault((run.world, run.label), []).append(row[key])
+    return {place: (np.mean(v), half_interval(v)) for place, v in found.items()}
+
+
+def show(rows: dict[Run, dict], metrics: tuple = ("greedy", "sampled")) -> None:
+    """Labels down, worlds across, over the seeds."""
+    worlds = dict.fromkeys(run.world for run in rows)
+    for metric in metrics:
+        found = spread(rows, metric)
+        print(f"\n{metric}, mean and 95 % interval over {len({run.seed for run in rows})} seeds\n")
+        table(["", *(world.folder().name for world in worlds)], [
+            [label, *("{:.3f} ± {:.3f}".format(*found[world, label])
+                      if (world, label) in found else "" for world in worlds)]
+            for label in dict.fromkeys(run.label for run in rows)])
 
 
 def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: int = 800,
@@ -426,27 +430,10 @@ def probe_runs(seeds: range = range(5), n: int = 500) -> list[Run]:
     return runs_in([replace(CHOICE_FIRST, times=0.0), World(times=0.0), LONGER], stages, seeds)
 
 
-def dead_table() -> None:
-    rows = all_of(dead_runs())
-    show(rows)
-    print("\nshare of sampled answers with ####\n")
-    shares = spread(rows, "marker").items()
-    table(["", "setting", "share"], [[label, world.folder().name, f"{middle:.3f} ± {half:.3f}"]
-                                     for (world, label), (middle, half) in shares])
-
-
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
 
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"sft": "#e66101", "discord": "#5e3c99", "other": "0.45"}
-
-
-def spread(rows: dict[Run, dict], key: str) -> dict[tuple, tuple[float, float]]:
-    """{(world, label): (mean, half of the 95 % interval)}."""
-    found: dict[tuple, list[float]] = {}
-    for run, row in rows.items():
-        found.setdefault((run.world, run.label), []).append(row[key])
-    return {place: (np.mean(v), half_interval(v)) for place, v in found.items()}
 
 
 def line(axis, x: list, points: list[tuple], **how) -> None:
@@ -551,7 +538,8 @@ def figures() -> None:
 
 PARTS = {"main": main_table, "tau": tau_table, "spelling": lambda: show(all_of(spelling_runs())),
          "length": lambda: show(all_of(length_runs())),
-         "capacity": lambda: show(all_of(capacity_runs())), "dead": dead_table,
+         "capacity": lambda: show(all_of(capacity_runs())), "dead": lambda: show(
+             all_of(dead_runs()), ("greedy", "sampled", "marker")),
          "ahead": lambda: show(all_of(ahead_runs())), "probe": lambda: show(all_of(probe_runs())),
          "figures": figures}
 
