@@ -300,6 +300,13 @@ def alone(out: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def unchanged(file: Path, was: dict, now: dict) -> None:
+    """Refuses to go on with other settings. What is absent or false was off."""
+    for key, value in now.items():
+        check((was.get(key) or None) == (value or None), f"{file}: cannot resume: {key} was "
+              f"{was.get(key)}, is now {value}; use what it was, or choose another --out")
+
+
 @contextmanager
 def resumable(out: Path, setup: dict, resume: bool) -> Iterator[tuple[Path, Callable]]:
     """(OUT.part, a function that adds a row to it), for work that goes on where it was broken off.
@@ -318,10 +325,7 @@ def resumable(out: Path, setup: dict, resume: bool) -> Iterator[tuple[Path, Call
         if part.exists() and not cut_half_line(part):
             part.unlink()
         for file in filter(Path.exists, (out, part) if resume else ()):
-            was = next(read_jsonl(file), ("", {}))[1].get("setup", setup)
-            for key, value in setup.items():
-                check(was.get(key) == value, f"{file}: cannot resume: {key} was {was.get(key)}, is "
-                      f"now {value}; choose another --out")
+            unchanged(file, next(read_jsonl(file), ("", {}))[1].get("setup", setup), setup)
         try:
             yield part, add
         except KeyboardInterrupt:
@@ -477,8 +481,7 @@ class Batch(NamedTuple):
     ids: list[str]
 
     def to(self, device: str | torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.rows.to(device), self.y.to(device),
-                     None if self.p_logp is None else self.p_logp.to(device), self.ids)
+        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -563,7 +566,7 @@ def score(args: argparse.Namespace) -> None:
                                               "batch_size")}
     with resumable(Path(args.out), {**setup, "traces_sha256": sha256(args.traces)},
                    args.resume) as (part, add):
-        done, end = sum(1 for _ in read_jsonl(part)) if part.exists() else 0, 0
+        done = sum(1 for _ in read_jsonl(part)) if part.exists() else 0  # windows, one a line
         if args.teacher:
             teacher, tokenizer = load(args.teacher, args.dtype, args.device)
             check(not args.student or Tokenizer(args.student).vocab == tokenizer.vocab,
@@ -573,14 +576,11 @@ def score(args: argparse.Namespace) -> None:
         else:
             tokenizer = Tokenizer(args.student)
         records = iter(tqdm(read_jsonl(args.traces), "scoring", unit=" records", disable=None))
-        while window := list(itertools.islice(records, 16 * args.batch_size)):
-            end += len(window)
-            if end > done:  # the whole window, since the last digit depends on a batch's others
-                rows = (scored(window, teacher, tokenizer, args) if args.teacher else
-                        [list(served(record, tokenizer, where)) for where, record in window])
-                for row in rows[-min(end - done, len(rows)):]:
-                    add({"found": row})
-        check(end, f"{args.traces}: the file is empty")
+        windows = iter(lambda: list(itertools.islice(records, 16 * args.batch_size)), [])
+        for window in itertools.islice(windows, done, None):
+            add({"found": scored(window, teacher, tokenizer, args) if args.teacher else
+                 [pair for where, record in window for pair in served(record, tokenizer, where)]})
+        check(part.exists(), f"{args.traces}: the file is empty")
         dropped = Counter(reason.partition(":")[0] for _, row in read_jsonl(part)
                           for _, reason in row["found"])
         kept = dropped.pop("", 0)
@@ -594,14 +594,14 @@ def score(args: argparse.Namespace) -> None:
 
 
 def scored(window: list[tuple[str, dict]], teacher: Transformer, tokenizer: Tokenizer,
-           args: argparse.Namespace) -> list[list[tuple[dict, str]]]:
-    """What `served` gives, by a local teacher: [(trace, "")] or [({}, why not)] for each record."""
+           args: argparse.Namespace) -> list[tuple[dict, str]]:
+    """What `served` gives, by a local teacher: (trace, "") or ({}, why not) for each record."""
     examples = [encode(record, tokenizer, where) for where, record in window]
     fits = [len(example.tokens) <= args.max_length for example in examples]
     found = iter(response_logp(teacher, list(itertools.compress(examples, fits)),
                                tokenizer.vocab_size, args.batch_size))
-    return [[({**record, "teacher": args.teacher, "teacher_logprobs": short(next(found))}, "")
-             if fit else ({}, f"longer than {args.max_length} tokens")]
+    return [({**record, "teacher": args.teacher, "teacher_logprobs": short(next(found))}, "")
+            if fit else ({}, f"longer than {args.max_length} tokens")
             for (_, record), fit in zip(window, fits, strict=True)]
 
 

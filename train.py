@@ -34,7 +34,8 @@ from model import BadInput, Transformer, check, read_json
 
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
-TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800}
+TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800,
+       "max_length": 64, "log_every": 100}
 
 
 STOP: list[int] = []  # signals that have come
@@ -162,10 +163,7 @@ def open_run(args: argparse.Namespace) -> dict:
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or choose "
           "another --out")
     run = read_json(file)
-    for key, now in options.items():
-        was = run["options"].get(key)  # None: the run is older than the option, so it was off
-        check((was or None) == (now or None), f"{out}: cannot resume: {key} was {was}, is now "
-              f"{now}; use what it was, or choose another --out")
+    data.unchanged(file, run["options"], options)
     return run
 
 
@@ -238,8 +236,8 @@ def distil(args: argparse.Namespace) -> dict:
               f"{args.student} have different tokenizers, so p and q are not of the same tokens")
     examples, dropped = data.load_traces(args.traces, tokenizer, args.max_length,
                                          teacher=weighted and teacher is None)
-    args.steps = args.steps or math.ceil(
-        args.epochs * len(examples) / (args.batch_size * args.grad_accum))
+    size = args.batch_size * args.grad_accum  # traces in a step
+    args.steps = args.steps or math.ceil(args.epochs * len(examples) / size)
     if "steps" not in run:
         run |= {
             "commit": evaluate.commit(), "torch": torch.__version__,
@@ -270,6 +268,9 @@ def distil(args: argparse.Namespace) -> dict:
           f"  student  {args.student}: {sum(p.numel() for p in student.parameters()):,} weights\n"
           f"  traces   {args.traces}: {len(examples):,}, {tokens:,} supervised tokens; left out: "
           f"{left_out}\n"
+          f"  a step   {args.batch_size} x {args.grad_accum} traces, about "
+          f"{tokens / len(examples) * size:,.0f} supervised tokens; {args.steps} steps are "
+          f"{args.steps * size / len(examples):.1f} passes over the traces\n"
           "  options  " + " ".join(f"{k}={v}" for k, v in run["options"].items() if v is not None),
           f"\n  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
 
@@ -333,38 +334,40 @@ def distil(args: argparse.Namespace) -> dict:
 
 def toy(args: argparse.Namespace) -> None:
     """Builds the toy world in --out with the commands of real models; what is there is reused."""
-    root, home = Path(args.out), Path(args.out, f"seed{args.seed}")
+    root, home, plain = Path(args.out), Path(args.out, f"seed{args.seed}"), vars(parse_args([]))
     data.build_toy(root, args.seed)
 
-    def words(line: str) -> list[str]:
-        return [word.format(root=root, home=home, **vars(args)) for word in line.split()]
+    def fit(student: Path, traces: Path, out: Path, options: dict) -> None:
+        train(argparse.Namespace(**plain | {"device": args.device} | options | {
+            "student": str(student), "traces": str(traces), "out": str(out), "resume": True}))
 
-    more = " --resume --max-length 64 --log-every 100 --device {device}"
+    def answer(model: Path, benchmark: Path, **options) -> None:
+        options |= {"model": model, "benchmark": benchmark, "device": args.device}
+        evaluate.main(["accuracy", "--resume", "--batch-size=500", *(
+            f"--{key.replace('_', '-')}={value}" for key, value in options.items())])
+
     # a teacher of two layers that skips steps; a student of one layer, which never saw it done
-    train(parse_args(words(
-        "--student {root}/blank-teacher --traces {root}/lessons.jsonl --out {root}/teacher "
-        "--objective sft --steps 2000 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
-    train(parse_args(words(
-        "--student {home}/blank-student --traces {home}/lessons.jsonl --out {home}/student "
-        "--objective sft --steps 300 --batch-size 64 --grad-accum 1 --lr 5e-3" + more)))
+    fit(root / "blank-teacher", root / "lessons.jsonl", root / "teacher",
+        {"objective": "sft", "steps": 2000, "lr": 5e-3})
+    fit(home / "blank-student", home / "lessons.jsonl", home / "student",
+        {"objective": "sft", "steps": 300, "lr": 5e-3})
     # the teacher answers the training problems: its right answers are the traces
-    evaluate.main(words("accuracy --model {root}/teacher --benchmark {home}/problems.jsonl --seed "
-        "{seed} --temperature 1 --max-new-tokens 12 --batch-size 500 --device {device} --resume "
-        "--out {home}/traces.jsonl"))
+    answer(root / "teacher", home / "problems.jsonl", temperature=1, max_new_tokens=12,
+           seed=args.seed, out=home / "traces.jsonl")
     # the student learns from them, by plain imitation and by the chosen objective
     runs = [root / "teacher", home / "student"]
     for name in dict.fromkeys(("sft", args.objective)):
-        knobs = " --lr {lr} --steps {steps}" + " --tau {tau} --beta {beta}" * (name != "sft")
-        knobs += " --on-policy {on_policy}" * bool(args.on_policy and name != "sft")
-        runs.append(home / "-".join([name, *words(knobs)[1::2]]))
-        knobs += " --teacher {root}/teacher" * (loss.split_name(name)[0] != "sft")
-        train(parse_args(words(
-            "--student {home}/student --traces {home}/traces.jsonl --batch-size {batch_size} "
-            "--grad-accum {grad_accum} --seed {seed}" + knobs + more +
-            f" --objective {name} --out {runs[-1]}")))
+        whole = loss.split_name(name)[0] != "sft"  # the teacher's distribution is needed
+        options = vars(args) | {"objective": name,
+                                "teacher": str(root / "teacher") if whole else None}
+        if name == "sft":
+            options |= {key: plain[key] for key in ("tau", "beta", "on_policy")}
+        changed = [f"{key}={value}" for key, value in options.items() if value != plain[key]
+                   and key not in ("objective", "teacher", "out", "resume", "seed", "device")]
+        runs.append(home / "-".join([name, *changed]))
+        fit(home / "student", home / "traces.jsonl", runs[-1], options)
     for run, temperature in itertools.product(runs, (0, 1)):  # all answer unseen problems
-        evaluate.main(words(f"accuracy --model {run} --temperature {temperature} --resume --device "
-            "{device} --benchmark {root}/held-out.jsonl --max-new-tokens 64 --batch-size 500"))
+        answer(run, root / "held-out.jsonl", temperature=temperature, max_new_tokens=64)
     evaluate.main(["report", *map(str, runs)])
 
 

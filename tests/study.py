@@ -41,7 +41,7 @@ class World:
     """What may differ from the toy of train.py, which is World()."""
 
     steps: int = 6  # operations of a problem
-    spelling: str = "joint"  # of a value: "b=6", one token; or choice-first: "b 6", two
+    spelling: str = "joint"  # of a value: "b=6"; choice-first: "b 6"; value-first: "6 b"
     skip: float = 0.6  # how readily the teacher leaves a value out
     times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
     lessons: int = 300  # training steps of the student before it meets the teacher
@@ -70,8 +70,9 @@ class World:
         for i in range(count):
             record = data.toy_trace(rng, times, skip)
             *values, _, answer = record["response"].split()
-            if self.spelling == "choice-first":
-                values = [value.replace("=", " ") for value in values]
+            if self.spelling != "joint":
+                order = 1 if self.spelling == "choice-first" else -1
+                values = [" ".join(value.split("=")[::order]) for value in values]
             values += [f"#### {answer}"] * (rng.random() < marked)
             found.append({"id": i, **record, "response": " ".join(values)})
         data.write_jsonl(file, found)
@@ -296,7 +297,7 @@ def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: i
 
 # ---- Parts
 
-RATES = 3e-4, 1e-3, 3e-3
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2
 OBJECTIVES = {  # name in the table: (objective, options, the teacher's part while training)
     "sft": ("sft", "", "none"), "kl": ("kl", "", "whole model"), "rkl": ("rkl", "", "whole model"),
     "todi": ("todi", "", "whole model"), "gkd": ("gkd", "", "whole model"),
@@ -336,19 +337,21 @@ def main_table() -> None:
     lines = []
     for name, column in rows.items():
         paired = {key: mean(list(np.subtract(column[key], rows["sft"][key])))
-                  if name != "sft" else "" for key in ("greedy", "sampled")}
-        lines.append([name, f"{column['lr'][0]:g}" if "lr" in column else "",
-                      mean(column["greedy"]), paired["greedy"], mean(column["sampled"]),
-                      paired["sampled"], *([
-                          f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
-                          mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
-                          f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]]
-                          if "lr" in column else ["", mean(column["length"], 1), "", "", ""])])
+                  for key in ("greedy", "sampled")} if name != "sft" else dict.fromkeys(column, "")
+        cells = ["", "", mean(column["length"], 1), "", "", ""]
+        if name in OBJECTIVES:
+            cells = [f"{column['lr'][0]:g}",
+                     f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
+                     mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
+                     f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]]
+        lines.append([name, cells[0], mean(column["greedy"]), paired["greedy"],
+                      mean(column["sampled"]), paired["sampled"], *cells[1:]])
     table(["objective", "lr", "greedy", "− sft", "sampled, T = 1", "− sft", "ExAccErr(7) of ε",
            "tokens", "seconds", "GB", "teacher while training"], lines)
 
 
 CHOICE_FIRST = World(spelling="choice-first", lessons=800)  # two tokens a value: longer lessons
+VALUE_FIRST = replace(CHOICE_FIRST, spelling="value-first")
 LONGER = replace(CHOICE_FIRST, steps=9)
 TAUS = 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.5, 2.0, 4.0
 
@@ -387,7 +390,7 @@ def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list
 
 
 def spelling_runs(seeds: range = range(3)) -> list[Run]:
-    return runs_in([World(), CHOICE_FIRST], PLAIN, seeds)
+    return runs_in([World(), CHOICE_FIRST, VALUE_FIRST], PLAIN, seeds)
 
 
 def length_runs(seeds: range = range(3)) -> list[Run]:
@@ -434,16 +437,89 @@ def probe_runs(seeds: range = range(5), n: int = 500) -> list[Run]:
 
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"sft": "#e66101", "discord": "#5e3c99", "other": "0.45"}
+LABELS = {"sft": COLORS["sft"], "discord 0.7": COLORS["discord"]}
 
 
-def line(axis, x: list, points: list[tuple], **how) -> None:
+def short(world: World) -> str:
+    return world.folder().name.replace("spelling=", "").replace(",lessons=800", "")
+
+
+def curve(axis, x: list, points: list[tuple], **how) -> None:
     middle, half = map(np.array, zip(*points, strict=True))
     axis.plot(x, middle, marker="o", **how)
     axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=how.get("color"))
 
 
-def short(world: World) -> str:
-    return world.folder().name.replace("spelling=", "").replace(",lessons=800", "")
+def dots(axis, runs: list[Run], names: Callable = short, key: str = "sampled", first: int = 0,
+         ) -> None:
+    """Labels down; a colour and a sign for each world."""
+    points, labels = spread(all_of(runs), key), list(dict.fromkeys(run.label for run in runs))
+    for i, world in enumerate(dict.fromkeys(run.world for run in runs), first):
+        middle, half = zip(*(points[world, label] for label in labels), strict=True)
+        axis.errorbar(middle, np.arange(len(labels))[::-1] + (0.5 - i / 3) * 0.4, xerr=half,
+                      marker="osD"[i], linestyle="", capsize=3, label=names(world),
+                      color=("#5e3c99", "#e66101", "0.35")[i])
+    axis.set(yticks=range(len(labels)), xlim=(-0.02, 1.04), xlabel="sampled accuracy")
+    axis.set_yticklabels(labels[::-1], fontsize=12)
+    axis.grid(axis="x", color="0.85")
+
+
+def over_tau(axis) -> None:
+    axis.axvline(0.5, color="0.6", linestyle=":")
+    axis.set(xscale="log", xlabel="tau (dotted: 1/2)", xticks=(0.3, 0.5, 0.7, 1, 2, 4))
+    axis.set_xticklabels(("0.3", "0.5", "0.7", "1", "2", "4"))
+    axis.minorticks_off()
+
+
+def tau_panel(axis) -> None:
+    for key, style in (("greedy", "-"), ("sampled", "--")):
+        curve(axis, TAUS, list(spread(all_of(tau_runs()), key).values()), linestyle=style,
+              color=COLORS["discord"], label=key)
+    axis.set_ylabel("accuracy")
+    over_tau(axis)
+
+
+def table_panel(axis) -> None:
+    for style, start in (("-", [0.4, 0.35, 0.25]), ("--", [0.9, 0.09, 0.01])):
+        axis.plot(TAUS, [tabular(tau, start)[0] for tau in TAUS], style, marker="o",
+                  color=COLORS["discord"], label=f"from {tuple(start)}")
+    axis.axhline(0.5, color="0.6", linewidth=1)
+    axis.set_ylabel("q of the first entry; the teacher's is .5")
+    over_tau(axis)
+
+
+def length_panel(axis) -> None:
+    points = spread(all_of(length_runs()), "sampled")
+    for label, color in LABELS.items():
+        some = {world.steps: value for (world, one), value in points.items() if one == label}
+        curve(axis, list(some), list(some.values()), color=color, label=label)
+    axis.set(xlabel="operations in a problem", xticks=list(some), ylabel="sampled accuracy")
+
+
+def capacity_panel(axis) -> None:
+    points = spread(all_of(capacity_runs()), "sampled")
+    for (layers, style), (label, color) in itertools.product(
+            ((1, "-"), (2, "--")), LABELS.items()):
+        some = {world.skip: value for (world, one), value in points.items()
+                if one == label and world.layers == layers}
+        curve(axis, list(some), list(some.values()), color=color, linestyle=style,
+              label=f"{label}, {layers} layer" + "s" * (layers > 1))
+    axis.set(xlabel="how readily the teacher merges steps", xticks=list(some),
+             ylabel="sampled accuracy")
+
+
+def dead_panel(axis) -> None:
+    runs = [run for run in dead_runs() if not run.world.marked]
+    dots(axis, runs, lambda world: "sampled accuracy")
+    dots(axis, runs, lambda world: "answers with ####", "marker", 1)
+
+
+PANELS = {"Temperature": tau_panel, "A softmax table: where it ends": table_panel,
+          "Length": length_panel, "Where it helps, where it hurts": capacity_panel,
+          "What a token decides": lambda axis: dots(axis, spelling_runs(), lambda w: w.spelling),
+          "Dead tokens and cures": dead_panel,
+          "Look-ahead (not in the paper)": lambda axis: dots(axis, ahead_runs()),
+          "A probe (not in the paper)": lambda axis: dots(axis, probe_runs())}
 
 
 def figures() -> None:
@@ -454,12 +530,12 @@ def figures() -> None:
     FIGURES.mkdir(exist_ok=True)
     rows = main_rows()
     figure, axis = plot.subplots(figsize=(12, 6), layout="constrained")
-    for offset, key, face in ((0.15, "greedy", True), (-0.15, "sampled", False)):
+    for offset, key, full in ((0.15, "greedy", True), (-0.15, "sampled", False)):
         for i, (name, values) in enumerate(reversed(rows.items())):
             color = COLORS.get(name.partition("-")[0], COLORS["other"])
             axis.errorbar(np.mean(values[key]), i + offset, xerr=half_interval(values[key]),
                           marker="o", markersize=9, capsize=4, color=color,
-                          markerfacecolor=color if face else "white")
+                          markerfacecolor=color if full else "white")
     axis.set(xlim=(0, 1.02), xlabel="accuracy on unseen problems, mean and 95 % interval over five "
              "seeds\n(full: greedy; hollow: sampled at T = 1)", yticks=range(len(rows)))
     axis.set_yticklabels(reversed(rows))
@@ -467,72 +543,13 @@ def figures() -> None:
     figure.savefig(FIGURES / "result.png")
 
     figure, axes = plot.subplots(2, 4, figsize=(22, 12.5), layout="constrained")
-    axes = dict(zip(("tau", "table", "length", "capacity", "spelling", "dead", "ahead", "probe"),
-                    axes.flat, strict=True))
-    found = [spread(all_of(tau_runs()), key) for key in ("greedy", "sampled")]
-    for points, (key, style) in zip(found, (("greedy", "-"), ("sampled", "--")), strict=True):
-        line(axes["tau"], TAUS, list(points.values()), color=COLORS["discord"], linestyle=style,
-             label=key)
-    ends = {"(.4, .35, .25)": [0.4, 0.35, 0.25], "(.9, .09, .01)": [0.9, 0.09, 0.01]}
-    for style, (name, start) in zip(("-", "--"), ends.items(), strict=True):
-        axes["table"].plot(TAUS, [tabular(tau, start)[0] for tau in TAUS], style, marker="o",
-                           color=COLORS["discord"], label=f"from {name}")
-    axes["table"].axhline(0.5, color="0.6", linewidth=1)
-    axes["table"].set(ylabel="q of the first entry; the teacher's is .5")
-    for name in ("tau", "table"):
-        axes[name].axvline(0.5, color="0.6", linestyle=":")
-        axes[name].set(xscale="log", xlabel="tau (dotted: 1/2)", xticks=(0.3, 0.5, 0.7, 1, 2, 4))
-        axes[name].set_xticklabels(("0.3", "0.5", "0.7", "1", "2", "4"))
-        axes[name].minorticks_off()
-    points = spread(all_of(length_runs()), "sampled")
-    for label, color in (("sft", COLORS["sft"]), ("discord 0.7", COLORS["discord"])):
-        some = {w.steps: value for (w, one), value in points.items() if one == label}
-        line(axes["length"], list(some), list(some.values()), color=color, label=label)
-    axes["length"].set(xlabel="operations in a problem", xticks=list(some))
-    points = spread(all_of(capacity_runs()), "sampled")
-    for layers, style in ((1, "-"), (2, "--")):
-        for label, color in (("sft", COLORS["sft"]), ("discord 0.7", COLORS["discord"])):
-            some = {w.skip: v for (w, one), v in points.items()
-                    if one == label and w.layers == layers}
-            line(axes["capacity"], list(some), list(some.values()), color=color, linestyle=style,
-                 label=f"{label}, {layers} layer" + "s" * (layers > 1))
-    axes["capacity"].set(xlabel="how readily the teacher merges steps", xticks=list(some))
-    for name, runs, names in (
-            ("spelling", spelling_runs(), lambda w: w.spelling),
-            ("dead", [r for r in dead_runs() if not r.world.marked], lambda w: "sampled accuracy"),
-            ("ahead", ahead_runs(), short), ("probe", probe_runs(), short)):
-        rows_of = all_of(runs)
-        points, labels = spread(rows_of, "sampled"), list(dict.fromkeys(r.label for r in runs))
-        worlds = list(dict.fromkeys(run.world for run in runs))
-        for i, world in enumerate(worlds):
-            some = [points[world, label] for label in labels]
-            axes[name].errorbar(
-                [m for m, _ in some], np.arange(len(labels))[::-1] + (0.5 - i / 3) * 0.4,
-                xerr=[h for _, h in some], marker="osD"[i], linestyle="", capsize=3,
-                color=("#5e3c99", "#e66101", "0.35")[i], label=names(world))
-        if name == "dead":
-            marks = spread(rows_of, "marker")
-            axes[name].errorbar(
-                [marks[worlds[0], label][0] for label in labels], np.arange(len(labels))[::-1],
-                xerr=[marks[worlds[0], label][1] for label in labels], marker="s", linestyle="",
-                capsize=3, color="#e66101", label="answers with ####")
-        axes[name].set(yticks=range(len(labels)), xlim=(-0.02, 1.04))
-        axes[name].set_yticklabels(labels[::-1], fontsize=12)
-        axes[name].grid(axis="x", color="0.85")
-    titles = {"tau": "Temperature", "table": "A softmax table: where it ends", "length": "Length",
-              "capacity": "Where it helps, where it hurts", "spelling": "What a token decides",
-              "dead": "Dead tokens and cures", "ahead": "Look-ahead (not in the paper)",
-              "probe": "A probe (not in the paper)"}
-    for name, axis in axes.items():
-        axis.set_title(titles[name])
-        if name not in ("spelling", "dead", "ahead", "probe"):
+    for i, (axis, (title, draw)) in enumerate(zip(axes.flat, PANELS.items(), strict=True)):
+        draw(axis)
+        axis.set_title(title)
+        if i < 4:
             axis.set_ylim(0, 1.04)
         axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
-                    ncols=2 if name not in ("ahead", "probe") else 1)
-        if not axis.get_xlabel():
-            axis.set_xlabel("sampled accuracy")
-        elif not axis.get_ylabel():
-            axis.set_ylabel("accuracy" if name == "tau" else "sampled accuracy")
+                    ncols=2 if i < 6 else 1)
     figure.savefig(FIGURES / "study.png")
 
 
