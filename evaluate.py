@@ -404,6 +404,9 @@ def is_correct(prediction: str, gold: str) -> bool:
     return False
 
 
+# ---- Answers, accuracy, comparison
+
+
 def ask(problems: list[dict], tokenizer: data.Tokenizer) -> list[list[int]]:
     """The tokens to go on from: the rendered prompt, and the beginning of an answer if there is one
     (`data.py mix`)."""
@@ -572,6 +575,9 @@ def compare(args: argparse.Namespace) -> None:
           f"{min(1.0, 2 * tail / 2 ** (more + less)):.2g}")
 
 
+# ---- Exposure bias
+
+
 @torch.no_grad()
 def drift(author: Transformer, teacher: Transformer, student: Transformer, prompts: list[list[int]],
           args: argparse.Namespace, vocab_size: int) -> np.ndarray:
@@ -653,6 +659,9 @@ def exposure(args: argparse.Namespace) -> None:
                  title=f"Excess error on its own prefixes ({shape[0]} x {shape[1]} answers)")
         axes.legend()
         figure.savefig(args.plot, dpi=150)
+
+
+# ---- A page of traces, a report of runs
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD weights</title><style>
@@ -761,6 +770,9 @@ def report(args: argparse.Namespace) -> None:
         for axis in axes.flat:
             axis.legend(fontsize="small")
         figure.savefig(args.plot, dpi=150)
+
+
+# ---- The command line
 
 
 def main(argv: list[str] | None = None) -> None:

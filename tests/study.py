@@ -297,7 +297,7 @@ def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: i
 
 # ---- Parts
 
-RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2
+RATES = 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
 OBJECTIVES = {  # name in the table: (objective, options, the teacher's part while training)
     "sft": ("sft", "", "none"), "kl": ("kl", "", "whole model"), "rkl": ("rkl", "", "whole model"),
     "todi": ("todi", "", "whole model"), "gkd": ("gkd", "", "whole model"),

@@ -463,6 +463,29 @@ def test_command_line_refuses(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_toy_honours_every_option(tmp_path, monkeypatch):
+    """Guards an option that the toy world takes and ignores, a run that is reused for another one,
+    and options of the student's runs that reach the teacher, which all of them share."""
+    fits, answers = [], []
+    monkeypatch.setattr(data, "build_toy", lambda root, seed: None)
+    monkeypatch.setattr(train, "train", lambda args: fits.append(vars(args)))
+    monkeypatch.setattr(evaluate, "main", answers.append)
+    given = ["--out", str(tmp_path), "--seed", "3", "--objective", "gkd", "--on-policy", "0.5",
+             "--dtype", "bfloat16", "--batch-tokens", "99", "--recompute", "--steps", "7"]
+    train.toy(train.parse_args(given))
+    teacher, before, sft, gkd = fits
+    assert [run["out"] for run in fits] == [str(tmp_path / name) for name in (
+        "teacher", "seed3/student", "seed3/sft-steps=7-batch_tokens=99-recompute=True-dtype="
+        "bfloat16", "seed3/gkd-on_policy=0.5-steps=7-batch_tokens=99-recompute=True-dtype="
+        "bfloat16")]
+    assert {run["steps"] for run in (sft, gkd)} == {7} and (teacher["steps"], before["lr"]) == (
+        2000, 5e-3)
+    assert gkd["teacher"] == str(tmp_path / "teacher") and not sft["teacher"]
+    assert [(run["on_policy"], run["dtype"], run["seed"]) for run in fits] == [
+        (0, "float32", 0), (0, "float32", 0), (0, "bfloat16", 3), (0.5, "bfloat16", 3)]
+    assert all(run["resume"] and run["max_length"] == 64 for run in fits) and len(answers) == 10
+
+
 # -------------------------------------------------------------------------------------- real input
 
 
