@@ -481,7 +481,8 @@ class Batch(NamedTuple):
     ids: list[str]
 
     def to(self, device: str | torch.device) -> "Batch":
-        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        return Batch(self.tokens.to(device), self.rows.to(device), self.y.to(device),
+                     None if self.p_logp is None else self.p_logp.to(device), self.ids)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -873,7 +874,7 @@ def load_problems(benchmark: str | Path, suffix: str | None = None, system: str 
 
 # ---- The toy world. A problem is a digit and six operations, all modulo 10; a trace has the value
 # after each of them, and then the answer. The teacher often writes only the second value of two: a
-# step that a network of one layer cannot follow, since it needs the first to find the second.
+# network of one layer must then do two operations at once, which it learns late, if ever.
 LETTERS, SIGNS = "abcdef", {"+": operator.add, "-": operator.sub, "*": operator.mul}
 TOY_TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == "
                 "'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}")

@@ -34,8 +34,9 @@ from model import BadInput, Transformer, check, read_json
 
 CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
-TOY = {"out": "runs/toy", "lr": 1e-3, "batch_size": 64, "grad_accum": 1, "steps": 800,
+TOY = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1, "steps": 800,
        "max_length": 64, "log_every": 100}
+TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2, "rkl": 3e-3}  # else 1e-3
 
 
 STOP: list[int] = []  # signals that have come
@@ -73,7 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recompute", action="store_true", help="activations are computed again on the way back, "
         "not kept: less memory, a third more time")
     add("--compile", action="store_true", help="torch.compile of the blocks: a minute at the start")
-    add("--lr", type=real, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5)")
+    add("--lr", type=real, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5; toy "
+        "world: the best of tests/study.py)")
     add("--max-length", type=count, default=2048, help="longer traces are left out (default: 2048)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -365,6 +367,7 @@ def toy(args: argparse.Namespace) -> None:
         changed = [f"{key}={value}" for key, value in options.items() if value != plain[key]
                    and key not in ("objective", "teacher", "out", "resume", "seed", "device")]
         runs.append(home / "-".join([name, *changed]))
+        options["lr"] = args.lr or TOY_LR.get(name, 1e-3)
         fit(home / "student", home / "traces.jsonl", runs[-1], options)
     for run, temperature in itertools.product(runs, (0, 1)):  # all answer unseen problems
         answer(run, root / "held-out.jsonl", temperature=temperature, max_new_tokens=64)

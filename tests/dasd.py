@@ -1,7 +1,8 @@
 """DASD's three stages in the toy world, next to SFT and DisCorD: python tests/dasd.py [SEED...]
 
 The same teacher's traces for all (one answer to each problem at temperature 0.6, four at 1), the
-same 800 steps of 64. Not a test: about a minute and a half a seed, into runs/toy/seedS/dasd.
+same 800 steps of 64, each objective at its best rate. Not a test: about two minutes a seed, into
+runs/toy/seedS/dasd.
 """
 
 import sys
@@ -14,7 +15,8 @@ import data
 import evaluate
 import train
 
-LEARN = "--batch-size 64 --grad-accum 1 --lr 1e-3 --max-length 64 --log-every 100 --resume"
+LEARN = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 100 --resume"
+RATES = {"sft": 3e-2, "discord": 1e-3}  # the best ones of `tests/study.py main`
 ANSWER = "--max-new-tokens 12 --batch-size 500 --resume"
 ROWS = {"low": "1   T=0.6 (400 steps)", "high": "1   then T=1 (400)",
         "selected": "1+2 T=0.6, then selected (400)", "mixed": "1-3 and then mixed (700 + 100)",
@@ -33,7 +35,7 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
     def learn(name: str, student: str, steps: int, traces: str, objective: str = "sft") -> None:
         run(lambda words: train.train(train.parse_args(words)),
             f"--student {student} --traces {{out}}/{traces}.jsonl --objective {objective} --steps "
-            f"{steps} --seed {{seed}} --out {{out}}/{name} " + LEARN)
+            f"{steps} --lr {RATES[objective]} --seed {{seed}} --out {{out}}/{name} " + LEARN)
 
     teacher = "accuracy --model {root}/teacher --seed {seed} " + ANSWER
     run(evaluate.main, teacher + " --benchmark {home}/problems.jsonl --temperature 0.6 --out "

@@ -3,7 +3,7 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), tau, spelling, length, capacity, dead, ahead, probe, figures.
+two cores), rates, tau, probe, spelling, length, capacity, ahead, dead, figures.
 """
 
 import contextlib
@@ -185,7 +185,7 @@ class Run:
             evaluate.main(f"exposure --teacher {self.world.teacher} --student {model} --benchmark "
                           f"{self.world.teacher.parent}/held-out.jsonl --limit 200 --device cpu "
                           f"--max-new-tokens 12 --batch-size 400 --out {curve}".split())
-            found = {line["length"]: line for _, line in data.read_jsonl(curve)}[7]
+            *_, (_, found) = itertools.islice(data.read_jsonl(curve), 7)  # or at the last length
             row |= {"excess": found["excess"], "epsilon": found["epsilon"]}
         data.write_jsonl(out, [row])
         return row
@@ -298,6 +298,7 @@ def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: i
 # ---- Parts
 
 RATES = 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
+MORE_RATES = *RATES, 1e-1
 OBJECTIVES = {  # name in the table: (objective, options, the teacher's part while training)
     "sft": ("sft", "", "none"), "kl": ("kl", "", "whole model"), "rkl": ("rkl", "", "whole model"),
     "todi": ("todi", "", "whole model"), "gkd": ("gkd", "", "whole model"),
@@ -307,28 +308,56 @@ OBJECTIVES = {  # name in the table: (objective, options, the teacher's part whi
     "discord-gkd": ("discord-gkd", "", "whole model")}
 
 
-def main_rows(seeds: range = range(5)) -> dict[str, dict[str, list]]:
-    """All objectives: each with the learning rate of RATES that is best on the validation problems
-    (mean of greedy and sampled accuracy, seeds 0 and 1), then judged on the held-out ones."""
-    toy = World()
+Methods = dict[str, Callable[[float], tuple]]  # the stages, for a learning rate
 
-    def runs(name: str, lr: float, some: range) -> list[Run]:
-        objective, more, _ = OBJECTIVES[name]
-        return [Run(toy, seed, f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}", (
-            once(objective, lr=lr, more=more),), measured=True) for seed in some]
 
-    grid = all_of([run for name, lr in itertools.product(OBJECTIVES, RATES)
-                   for run in runs(name, lr, range(2))])
-    best = {name: max(RATES, key=lambda lr, name=name: np.mean([
-        grid[run]["valid"] for run in runs(name, lr, range(2))])) for name in OBJECTIVES}
-    rows = all_of([run for name in OBJECTIVES for run in runs(name, best[name], seeds)])
-    found = [accuracies(toy, toy.home(seed) / "student") for seed in seeds]
-    columns = {"student before": {key: [one[key] for one in found] for key in found[0]}}
-    for name in OBJECTIVES:
-        some = [rows[run] for run in runs(name, best[name], seeds)]
-        columns[name] = {key: [row[key] for row in some] for key in some[0]} | {
+def at_rate(world: World, name: str, method: Callable, lr: float, seeds: range) -> list[Run]:
+    label = f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}"
+    return [Run(world, seed, label, method(lr), measured=True) for seed in seeds]
+
+
+def at_rates(world: World, methods: Methods, rates: tuple, seeds: range) -> dict[str, dict]:
+    """{method: {learning rate: [a row for each seed]}}"""
+    runs = {name: {lr: at_rate(world, name, method, lr, seeds) for lr in rates}
+            for name, method in methods.items()}
+    rows = all_of([run for found in runs.values() for some in found.values() for run in some])
+    return {name: {lr: [rows[run] for run in some] for lr, some in found.items()}
+            for name, found in runs.items()}
+
+
+def best_rates(world: World, methods: Methods, rates: tuple, trial: range,
+               ) -> dict[str, dict[str, list]]:
+    """{method: {column: [a number for each of five seeds]}}, each with the rate that is best on the
+    validation problems (mean of greedy and sampled accuracy over the trial seeds); judged on the
+    held-out ones."""
+    seeds = range(5)
+    best = {name: max(rates, key=lambda lr, found=found: np.mean([r["valid"] for r in found[lr]]))
+            for name, found in at_rates(world, methods, rates, trial).items()}
+    runs = {name: at_rate(world, name, methods[name], lr, seeds) for name, lr in best.items()}
+    rows = all_of(list(itertools.chain(*runs.values())))
+    before = [accuracies(world, world.home(seed) / "student") for seed in seeds]
+    columns = {"student before": {key: [one[key] for one in before] for key in before[0]}}
+    for name, some in runs.items():
+        columns[name] = {key: [rows[run][key] for run in some] for key in rows[some[0]]} | {
             "lr": [best[name]]}
     return columns
+
+
+MAIN: Methods = {name: lambda lr, objective=objective, more=more: (
+    once(objective, lr=lr, more=more),) for name, (objective, more, _) in OBJECTIVES.items()}
+
+
+def rates_table() -> None:
+    of_rates = at_rates(World(), MAIN, MORE_RATES, range(2))
+    for key in ("greedy", "sampled"):
+        print(f"\n{key}, mean of two seeds\n")
+        table(["", *MORE_RATES], [[name, *(f"{np.mean([row[key] for row in rows]):.3f}"
+                                           for rows in found.values())]
+                                  for name, found in of_rates.items()])
+
+
+def main_rows() -> dict[str, dict[str, list]]:
+    return best_rates(World(), MAIN, RATES, range(2))
 
 
 def main_table() -> None:
@@ -380,8 +409,10 @@ def tau_table() -> None:
                 for start in ([0.4, 0.35, 0.25], [0.9, 0.09, 0.01]))] for tau in TAUS])
 
 
-PLAIN = {"sft": once("sft"), "rkl": once("rkl"), **{
+# All at 0.001 but for the second: the best rates of DisCorD and of SFT in the main table.
+PLAIN = {"sft": once("sft"), "sft, 0.03": once("sft", lr=3e-2), "rkl": once("rkl"), **{
     f"discord {tau:g}": once("discord", more=f"--tau {tau}") for tau in (1.0, 0.7, 0.5)}}
+FEW = {key: PLAIN[key] for key in ("sft", "sft, 0.03", "discord 0.7")}
 
 
 def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list[Run]:
@@ -389,28 +420,25 @@ def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list
             for seed in seeds for world in worlds for label, some in stages.items()]
 
 
-def spelling_runs(seeds: range = range(3)) -> list[Run]:
+def spelling_runs(seeds: range = range(5)) -> list[Run]:
     return runs_in([World(), CHOICE_FIRST, VALUE_FIRST], PLAIN, seeds)
 
 
 def length_runs(seeds: range = range(3)) -> list[Run]:
-    return runs_in([World(steps=n) for n in (3, 6, 12)],
-                   {key: PLAIN[key] for key in ("sft", "discord 0.7")}, seeds)
+    return runs_in([World(steps=n) for n in (3, 6, 12)], FEW, seeds)
 
 
 def capacity_runs(seeds: range = range(3)) -> list[Run]:
     return runs_in([World(skip=skip, layers=layers) for layers in (1, 2)
-                    for skip in (0.2, 0.6, 0.9)],
-                   {key: PLAIN[key] for key in ("sft", "discord 0.7")}, seeds)
+                    for skip in (0.2, 0.6, 0.9)], FEW, seeds)
 
 
 def dead_runs(seeds: range = range(3)) -> list[Run]:
     """The student has never ended an answer with ####, as the teacher always does; last: rarely."""
-    few = {key: PLAIN[key] for key in ("sft", "discord 0.7")}
-    stages = few | {f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)} | {
+    stages = FEW | {f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)} | {
         f"sft {n}, then discord": (once("sft", steps=n), once("discord", steps=800 - n))
         for n in (10, 25, 50, 100)}
-    return runs_in([World(marked=0.0)], stages, seeds) + runs_in([World(marked=0.05)], few, seeds)
+    return runs_in([World(marked=0.0)], stages, seeds) + runs_in([World(marked=0.05)], FEW, seeds)
 
 
 def ahead_runs(seeds: range = range(5)) -> list[Run]:
@@ -420,24 +448,36 @@ def ahead_runs(seeds: range = range(5)) -> list[Run]:
     return runs_in([World(), CHOICE_FIRST, LONGER], stages, seeds)
 
 
-def probe_runs(seeds: range = range(5), n: int = 500) -> list[Run]:
-    """All cost 2 n steps. The third world was not used to choose anything."""
-    sft = once("sft", steps=n)
-    stages = {
-        "sft, 2 n": once("sft", steps=2 * n), "rkl, 2 n": once("rkl", steps=2 * n),
-        "discord, 2 n": once("discord", steps=2 * n),
-        "probe, gamma 0.5": (sft, once("discord", {"probe": True, "gamma": 0.5}, steps=n)),
-        "probe, gamma 0.5, then discord": (
-            once("sft", steps=400), once("discord", {"probe": True, "gamma": 0.5}, steps=300),
-            once("discord", steps=300))}
-    return runs_in([replace(CHOICE_FIRST, times=0.0), World(times=0.0), LONGER], stages, seeds)
+def probed(gamma: float) -> Callable[[float], tuple]:
+    return lambda lr: (once("sft", lr=3e-2, steps=500),
+                       once("discord", {"probe": True, "gamma": gamma}, lr=lr, steps=500))
+
+
+PROBE: Methods = {f"{name}, 1000": lambda lr, name=name: (once(name, lr=lr, steps=1000),)
+                  for name in ("sft", "kl", "todi", "rkl", "discord")} | {
+    "probe": probed(0.0), "probe, gamma 0.7": probed(0.7)}
+PROBE_WORLDS = [replace(CHOICE_FIRST, times=0.0), World(times=0.0), LONGER]
+
+
+def probe_rows() -> dict[World, dict[str, dict[str, list]]]:
+    """All methods cost 1000 steps, the probe's own 500 included. gamma and the probe's rate were
+    chosen on seed 0 of the first world; the third one was not used to choose anything."""
+    return {world: best_rates(world, PROBE, RATES[1:], range(1)) for world in PROBE_WORLDS}
+
+
+def probe_table() -> None:
+    for world, columns in probe_rows().items():
+        print(f"\n{world.folder().name}\n")
+        table(["", "lr", "greedy", "sampled"], [
+            [name, *(f"{lr:g}" for lr in column.get("lr", [])), *[""] * ("lr" not in column),
+             mean(column["greedy"]), mean(column["sampled"])] for name, column in columns.items()])
 
 
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
 
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"sft": "#e66101", "discord": "#5e3c99", "other": "0.45"}
-LABELS = {"sft": COLORS["sft"], "discord 0.7": COLORS["discord"]}
+LABELS = {"sft, 0.03": COLORS["sft"], "discord 0.7": COLORS["discord"]}
 
 
 def short(world: World) -> str:
@@ -450,11 +490,10 @@ def curve(axis, x: list, points: list[tuple], **how) -> None:
     axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=how.get("color"))
 
 
-def dots(axis, runs: list[Run], names: Callable = short, key: str = "sampled", first: int = 0,
-         ) -> None:
-    """Labels down; a colour and a sign for each world."""
-    points, labels = spread(all_of(runs), key), list(dict.fromkeys(run.label for run in runs))
-    for i, world in enumerate(dict.fromkeys(run.world for run in runs), first):
+def dots(axis, points: dict[tuple, tuple], names: Callable = short, first: int = 0) -> None:
+    """{(world, label): (mean, half interval)}: labels down, a colour and a sign for each world."""
+    labels = list(dict.fromkeys(label for _, label in points))
+    for i, world in enumerate(dict.fromkeys(world for world, _ in points), first):
         middle, half = zip(*(points[world, label] for label in labels), strict=True)
         axis.errorbar(middle, np.arange(len(labels))[::-1] + (0.5 - i / 3) * 0.4, xerr=half,
                       marker="osD"[i], linestyle="", capsize=3, label=names(world),
@@ -477,6 +516,16 @@ def tau_panel(axis) -> None:
               color=COLORS["discord"], label=key)
     axis.set_ylabel("accuracy")
     over_tau(axis)
+
+
+def rates_panel(axis) -> None:
+    found = at_rates(World(), MAIN, MORE_RATES, range(2))
+    colors = {**COLORS, "rkl": "0.1", "kl": "0.55"}
+    for name in ("sft", "discord", "kl", "rkl"):
+        axis.plot(MORE_RATES, [np.mean([row["sampled"] for row in rows])
+                               for rows in found[name].values()], marker="o", color=colors[name],
+                  linestyle="--" if name in ("kl", "rkl") else "-", label=name)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="sampled accuracy")
 
 
 def table_panel(axis) -> None:
@@ -509,17 +558,32 @@ def capacity_panel(axis) -> None:
 
 
 def dead_panel(axis) -> None:
-    runs = [run for run in dead_runs() if not run.world.marked]
-    dots(axis, runs, lambda world: "sampled accuracy")
-    dots(axis, runs, lambda world: "answers with ####", "marker", 1)
+    rows = all_of([run for run in dead_runs() if not run.world.marked])
+    dots(axis, spread(rows, "sampled"), lambda world: "sampled accuracy")
+    dots(axis, spread(rows, "marker"), lambda world: "answers with ####", 1)
 
 
-PANELS = {"Temperature": tau_panel, "A softmax table: where it ends": table_panel,
+def ahead_panel(axis) -> None:
+    dots(axis, spread(all_of(ahead_runs()), "sampled"))
+
+
+def spelling_panel(axis) -> None:
+    dots(axis, spread(all_of(spelling_runs()), "sampled"), lambda world: world.spelling)
+
+
+def probe_panel(axis) -> None:
+    dots(axis, {(world, name): (np.mean(column["greedy"]), half_interval(column["greedy"]))
+                for world, columns in probe_rows().items() for name, column in columns.items()})
+    axis.set_xlabel("greedy accuracy")
+
+
+PANELS = {"Learning rate (two seeds)": rates_panel, "Temperature": tau_panel,
+          "A softmax table: where it ends": table_panel,
           "Length": length_panel, "Where it helps, where it hurts": capacity_panel,
-          "What a token decides": lambda axis: dots(axis, spelling_runs(), lambda w: w.spelling),
+          "What a token decides": spelling_panel,
           "Dead tokens and cures": dead_panel,
-          "Look-ahead (not in the paper)": lambda axis: dots(axis, ahead_runs()),
-          "A probe (not in the paper)": lambda axis: dots(axis, probe_runs())}
+          "Look-ahead (not in the paper)": ahead_panel,
+          "A probe (not in the paper)": probe_panel}
 
 
 def figures() -> None:
@@ -542,22 +606,22 @@ def figures() -> None:
     axis.grid(axis="x", color="0.85")
     figure.savefig(FIGURES / "result.png")
 
-    figure, axes = plot.subplots(2, 4, figsize=(22, 12.5), layout="constrained")
+    figure, axes = plot.subplots(3, 3, figsize=(18, 18), layout="constrained")
     for i, (axis, (title, draw)) in enumerate(zip(axes.flat, PANELS.items(), strict=True)):
         draw(axis)
         axis.set_title(title)
-        if i < 4:
+        if i < 5:
             axis.set_ylim(0, 1.04)
         axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
-                    ncols=2 if i < 6 else 1)
+                    ncols=2 if i < 7 else 1)
     figure.savefig(FIGURES / "study.png")
 
 
-PARTS = {"main": main_table, "tau": tau_table, "spelling": lambda: show(all_of(spelling_runs())),
-         "length": lambda: show(all_of(length_runs())),
-         "capacity": lambda: show(all_of(capacity_runs())), "dead": lambda: show(
-             all_of(dead_runs()), ("greedy", "sampled", "marker")),
-         "ahead": lambda: show(all_of(ahead_runs())), "probe": lambda: show(all_of(probe_runs())),
+SHOWN = {"spelling": spelling_runs, "length": length_runs, "capacity": capacity_runs,
+         "ahead": ahead_runs}
+PARTS = {"main": main_table, "rates": rates_table, "tau": tau_table, "probe": probe_table,
+         **{name: lambda runs=runs: show(all_of(runs())) for name, runs in SHOWN.items()},
+         "dead": lambda: show(all_of(dead_runs()), ("greedy", "sampled", "marker")),
          "figures": figures}
 
 

@@ -480,6 +480,7 @@ def test_the_toy_honours_every_option(tmp_path, monkeypatch):
         "bfloat16")]
     assert {run["steps"] for run in (sft, gkd)} == {7} and (teacher["steps"], before["lr"]) == (
         2000, 5e-3)
+    assert [run["lr"] for run in (sft, gkd)] == [0.03, 0.03]  # each its best one
     assert gkd["teacher"] == str(tmp_path / "teacher") and not sft["teacher"]
     assert [(run["on_policy"], run["dtype"], run["seed"]) for run in fits] == [
         (0, "float32", 0), (0, "float32", 0), (0, "bfloat16", 3), (0.5, "bfloat16", 3)]
