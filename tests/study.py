@@ -335,7 +335,8 @@ def best_rates(world: World, methods: Methods, rates: tuple, trial: range,
             for name, found in at_rates(world, methods, rates, trial).items()}
     runs = {name: at_rate(world, name, methods[name], lr, seeds) for name, lr in best.items()}
     rows = all_of(list(itertools.chain(*runs.values())))
-    before = [accuracies(world, world.home(seed) / "student") for seed in seeds]
+    with contextlib.redirect_stdout(sys.stderr):
+        before = [accuracies(world, world.home(seed) / "student") for seed in seeds]
     columns = {"student before": {key: [one[key] for one in before] for key in before[0]}}
     for name, some in runs.items():
         columns[name] = {key: [rows[run][key] for run in some] for key in rows[some[0]]} | {
@@ -361,9 +362,7 @@ def main_rows() -> dict[str, dict[str, list]]:
 
 
 def main_table() -> None:
-    with contextlib.redirect_stdout(sys.stderr):
-        rows = main_rows()
-    lines = []
+    rows, lines = main_rows(), []
     for name, column in rows.items():
         paired = {key: mean(list(np.subtract(column[key], rows["sft"][key])))
                   for key in ("greedy", "sampled")} if name != "sft" else dict.fromkeys(column, "")
@@ -428,7 +427,7 @@ def length_runs(seeds: range = range(3)) -> list[Run]:
     return runs_in([World(steps=n) for n in (3, 6, 12)], FEW, seeds)
 
 
-def capacity_runs(seeds: range = range(3)) -> list[Run]:
+def capacity_runs(seeds: range = range(5)) -> list[Run]:
     return runs_in([World(skip=skip, layers=layers) for layers in (1, 2)
                     for skip in (0.2, 0.6, 0.9)], FEW, seeds)
 
