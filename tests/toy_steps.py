@@ -1,7 +1,8 @@
 """What a student of the toy world does, step by step: python tests/toy_steps.py FOLDER...
 
 For the greedy answers to the held-out problems: the share of right values after each operation,
-given the value that the student wrote before it, and the share of values left out. Not a test.
+given the last value that the student wrote; of those with a value left out before them (merged);
+and the share of values left out. Not a test.
 """
 
 import sys
@@ -15,23 +16,23 @@ import evaluate
 def count(folder: Path) -> None:
     model, tokenizer = data.load(folder)
     problems = data.load_problems(folder.parents[1] / "held-out.jsonl")
-    right, written, skipped = dict.fromkeys("+-*", 0), dict.fromkeys("+-*", 0), 0
+    kinds = "+", "-", "*", "merged"
+    right, written, left_out = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0), 0
     for record in evaluate.answers(model, tokenizer, problems, max_new_tokens=64, batch_size=500):
-        value, *operations = record["prompt"].split()
+        first, *operations = record["prompt"].split()
         values = dict(word.split("=") for word in record["response"].split() if "=" in word)
+        value, steps = int(first), 0  # what is right after the last value written, steps behind it
         for letter, sign, k in operations:
+            value, steps = data.SIGNS[sign](value, int(k)) % 10, steps + 1
             if letter not in values:
-                skipped += 1
-                value = None
+                left_out += 1
                 continue
-            if value is not None:
-                v, k = int(value), int(k)
-                written[sign] += 1
-                exact = {"+": v + k, "-": v - k, "*": v * k}[sign] % 10
-                right[sign] += exact == int(values[letter])
-            value = values[letter]
-    shares = "  ".join(f"{sign} {right[sign] / max(written[sign], 1):.3f}" for sign in "+-*")
-    print(f"{folder}:  {shares}  left out {skipped / (6 * len(problems)):.3f}")
+            kind = sign if steps == 1 else "merged"
+            written[kind] += 1
+            right[kind] += value == int(values[letter])
+            value, steps = int(values[letter]), 0
+    shares = "  ".join(f"{kind} {right[kind] / max(written[kind], 1):.3f}" for kind in kinds)
+    print(f"{folder}:  {shares}  left out {left_out / (6 * len(problems)):.3f}")
 
 
 if __name__ == "__main__":
