@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -480,7 +481,8 @@ LABELS = {"sft, 0.03": COLORS["sft"], "discord 0.7": COLORS["discord"]}
 
 
 def short(world: World) -> str:
-    return world.folder().name.replace("spelling=", "").replace(",lessons=800", "")
+    names = {"spelling=": "", ",lessons=800": "", "times=0.0": "no products", "steps=9": "nine"}
+    return reduce(lambda name, pair: name.replace(*pair), names.items(), world.folder().name)
 
 
 def curve(axis, x: list, points: list[tuple], **how) -> None:
