@@ -567,7 +567,8 @@ def score(args: argparse.Namespace) -> None:
                                               "batch_size")}
     with resumable(Path(args.out), {**setup, "traces_sha256": sha256(args.traces)},
                    args.resume) as (part, add):
-        done = sum(1 for _ in read_jsonl(part)) if part.exists() else 0  # windows, one a line
+        # A line of OUT.part is a whole window: a last digit depends on what shares its batch.
+        done = sum(1 for _ in read_jsonl(part)) if part.exists() else 0
         if args.teacher:
             teacher, tokenizer = load(args.teacher, args.dtype, args.device)
             check(not args.student or Tokenizer(args.student).vocab == tokenizer.vocab,
