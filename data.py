@@ -301,10 +301,11 @@ def alone(out: str | Path) -> Iterator[None]:
 
 
 def unchanged(file: Path, was: dict, now: dict) -> None:
-    """Refuses to go on with other settings. What is absent or false was off."""
+    """Refuses to go on with other settings. What is absent, since it is newer, was off."""
     for key, value in now.items():
-        check((was.get(key) or None) == (value or None), f"{file}: cannot resume: {key} was "
-              f"{was.get(key)}, is now {value}; use what it was, or choose another --out")
+        same = was[key] == value if key in was else not value
+        check(same, f"{file}: cannot resume: {key} was {was.get(key)}, is now {value}; use what it "
+              "was, or choose another --out")
 
 
 @contextmanager

@@ -36,7 +36,8 @@ CHUNK = 256  # so many supervised rows are V wide at a time
 WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
 TOY = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1, "steps": 800,
        "max_length": 64, "log_every": 100}
-TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2, "rkl": 3e-3}  # else 1e-3
+TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2, "rkl": 3e-3,
+          "discord": 1e-3}
 
 
 STOP: list[int] = []  # signals that have come
@@ -367,7 +368,7 @@ def toy(args: argparse.Namespace) -> None:
         changed = [f"{key}={value}" for key, value in options.items() if value != plain[key]
                    and key not in ("objective", "teacher", "out", "resume", "seed", "device")]
         runs.append(home / "-".join([name, *changed]))
-        options["lr"] = args.lr or TOY_LR.get(name, 1e-3)
+        options["lr"] = args.lr or TOY_LR.get(name, TOY_LR["discord"])
         fit(home / "student", home / "traces.jsonl", runs[-1], options)
     for run, temperature in itertools.product(runs, (0, 1)):  # all answer unseen problems
         answer(run, root / "held-out.jsonl", temperature=temperature, max_new_tokens=64)

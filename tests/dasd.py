@@ -16,7 +16,6 @@ import evaluate
 import train
 
 LEARN = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 100 --resume"
-RATES = {"sft": 3e-2, "discord": 1e-3}  # the best ones of `tests/study.py main`
 ANSWER = "--max-new-tokens 12 --batch-size 500 --resume"
 ROWS = {"low": "1   T=0.6 (400 steps)", "high": "1   then T=1 (400)",
         "selected": "1+2 T=0.6, then selected (400)", "mixed": "1-3 and then mixed (700 + 100)",
@@ -35,7 +34,7 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
     def learn(name: str, student: str, steps: int, traces: str, objective: str = "sft") -> None:
         run(lambda words: train.train(train.parse_args(words)),
             f"--student {student} --traces {{out}}/{traces}.jsonl --objective {objective} --steps "
-            f"{steps} --lr {RATES[objective]} --seed {{seed}} --out {{out}}/{name} " + LEARN)
+            f"{steps} --lr {train.TOY_LR[objective]} --seed {{seed}} --out {{out}}/{name} " + LEARN)
 
     teacher = "accuracy --model {root}/teacher --seed {seed} " + ANSWER
     run(evaluate.main, teacher + " --benchmark {home}/problems.jsonl --temperature 0.6 --out "

@@ -88,7 +88,7 @@ MUTANTS = [
     ("data.py", "for name in signal.SIGINT, signal.SIGTERM:\n        signal.signal(name, on_signal)", "pass"),
     # ---- train.py: the reduction, accumulation, checkpoints, signals
     ("train.py", "        block.compile()", "        pass"),
-    ("data.py", "(was.get(key) or None) == (value or None)", "True"),
+    ("data.py", "was[key] == value if key in was else not value", "True"),
     ("train.py", "(total / tokens).backward()", "(total / len(rows)).backward()"),
     ("train.py", "hidden.detach().requires_grad_()", "hidden"),
     ("train.py", "functional_call, block, dict(block.named_parameters()), args, use", "block, *args, use"),
