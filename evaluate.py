@@ -1,25 +1,22 @@
-"""Answers, their grading, accuracy, comparison, exposure bias, pictures: `evaluate.py --help`.
+"""Answers, their grading, accuracy, comparison, exposure bias, a page of token weights.
 
-One engine samples, grades and records, for a student's accuracy and for a teacher's traces alike:
-the right answers of a teacher's evaluation *are* the traces that train.py reads.
+One engine serves the student's accuracy and the teacher's traces alike: the right answers
+of a teacher's evaluation are the traces that train.py reads.
 """
 
 import argparse
+import ast
 import cmath
 import hashlib
 import html
-import itertools
 import json
 import math
 import random
 import re
-import shutil
-import subprocess
-import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial, reduce
+from functools import lru_cache
 from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Any
@@ -31,787 +28,653 @@ from tqdm import tqdm
 
 import data
 import loss
-from model import BadInput, Transformer, check, read_json
+from model import Transformer, check, read_json
 
 # ---- Grading. The policy, all of it:
-# - The answer is the last \boxed{} (boxes with at most "and" between them are a list), unless "the
-#   final answer is" comes behind it; without a box what follows #### or "answer is", else the last
-#   formula or number. A $ formula ends on its line. Cut-off text counts only with its box complete.
-# - Units, degrees and money signs are dropped. 20% is 20 or 0.2; 1,234 is a number or a list, so is
-#   12,34 (a decimal comma). 3:4 is a ratio, 2 1/2 is mixed, 101_2 is five.
-# - Lists and sets come in any order, points and intervals do not; all values are needed. x = 5 says
-#   5 (and y = 5 does not say so), a < x <= b says (a, b]. Equations and inequalities may be
-#   multiples of each other.
-# - Values are equal exactly; but a decimal of 4 significant digits (a gold one of 2) may stand for
-#   an exact value that rounds to it, and a gold one of 2 for a decimal that is 3 digits longer.
-# - Formulas are equal if they are so at four points where every name has a random value of its own
-#   (logarithms are natural, odd roots real). Only Reader reads them: no model text is ever run.
-# - What Reader cannot read is equal letter by letter, but for spaces (and capitals, if in words).
-POINTS, LONGEST = 4, 1000  # of an answer, in characters; a longer one counts as unreadable
-FUNCTIONS: dict[str, Callable] = {name: getattr(cmath, name) for name in (
-    "sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "log")}
-FUNCTIONS |= {"arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log,
-              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-              "cot": lambda x: 1 / cmath.tan(x)}
+# - The answer is the last \boxed{}; neighboring boxes are a list. "The final answer is 5"
+#   behind the boxes wins. Without a box, the answer follows #### or "answer is", or is the
+#   last number or formula. "not 5" and what stands before </think> are skipped.
+# - Units are dropped; if both answers have some, they must agree. 20% is 20 or 0.2. 1,234
+#   is a number or a list. 3:4 is a pair. 2 1/2 is mixed. Lists come in any order, points
+#   and intervals do not; all values are needed.
+# - A gold x = 5 accepts 5, but not y = 5. If the gold answer has no "=", what follows the
+#   last "=" of a prediction counts. Equations may be multiples of each other.
+# - 1 < x <= 2 is the interval (1, 2], x < 2 is (-infinity, 2). The letter does not matter.
+# - Numbers are compared exactly. Only a decimal of 4 significant digits may stand for a
+#   gold answer that rounds to it and is no decimal: 0.3333 for 1/3, not 1/3 for 0.333.
+# - Formulas are equal if they are so at four random points. Python's parser takes them
+#   apart, and only `evaluate` computes them: no model text is ever run.
+# - Other answers are equal letter by letter, except for spaces and for capitals in words.
+LONGEST = 1000  # characters of an answer
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "infinity": math.inf}
-NO_WORD = f"(?:{'|'.join([*FUNCTIONS, *CONSTANTS, 'sqrt', 'and', 'or'])})(?![a-zA-Z])"
-SPELLING = {old: new for new, spellings in {
-    "\\le": r"\leq \leqslant <= ≤", "\\ge": r"\geq \geqslant >= ≥", "\\ne": r"\neq != ≠",
-    "<": r"\lt", ">": r"\gt", "*": r"\cdot \times × ·", "/": r"\div ÷ :", "-": "− –", "%": r"\% "
-    "percent pct", "|": r"\vert \lvert \rvert", ",": "&", ";": r"and or \\", "pi": "π",
-    "\\cup": "∪", "infty": "∞", "sqrt": "√", "\\begin": r"\begin{pmatrix} \begin{bmatrix}",
-    "\\end": r"\end{pmatrix} \end{bmatrix}"}.items() for old in spellings.split()}
-TEXT = r"\\(?:text|mbox|textbf|textrm|mathrm|mathbf|mathbb|operatorname|rm)(?![a-z])\s*"
-CLEAN = [(re.compile(old), new) for old, new in (
-    (r"(?<!\\)\\\\(?=[a-zA-Z]{2})", r"\\"),  # a backslash that JSON doubled
-    (r",\\!\s*|(?<=[0-9])\{,\}(?=[0-9]{3})", ""),  # 10{,}000
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-z]{2})\.?|\\?\$|[€£\u200b~`]|"
-     r"(?<!\\)\\[!,;: \[\]()\"]|\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\bdegrees?\b", " "),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])", r"\\frac{\1}"),  # \frac12
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
-    ("²", "^2"), ("³", "^3"), ("½", r"\\frac{1}{2}"), ("±", r"\\pm "),
-    (r"\\overline\{([0-9]+)\}", r"\1" * 12),
-    (rf"(?<=[0-9}})%])\s*(?:{TEXT}\{{(?!\s*(?:and|or|per))[^{{}}]{{2,}}\}}|"  # \text{ cm}^2
-     r"\\(?:text|mbox)\s*\{.\})(\s*\^\s*\{?[23]\}?)?", ""),
-    (rf"{TEXT}\{{([^{{}}]*)\}}|{TEXT}", r" \1 "),
-    (rf"(?<=[0-9}})%])(?:\s+(?!{NO_WORD})[a-zA-Z]{{3,}}|\s*(?:[cmk]m|kg|ft)(?![a-zA-Z]))"
-     r"[a-zA-Z /.]*(?:\^\{?[23]\}?)?(?=\s*(?:[;,]|and|or|$))", ""),  # 18 square feet
-    (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
-    (r"(?<![0-9.}^_])([0-9]+)\s*(?:\s([0-9]+)/([0-9]+)|\\frac\{([0-9]+)\}\{([0-9]+)\})",
-     r"(\1+\2\4/\3\5)"), (r"(\^\s*(?:\{[^{}]*\}|\w))\s*(_\s*(?:\{[^{}]*\}|\w))", r"\2\1"),  # v^2_0
-    (r"(\w)\s*\([^()=]*,[^()=]*\)\s*=", r"\1="), (r"\s+", " "),  # f(x, y) =
-    (r"^[\s,;:\"*]+|[\s,.;:\"*]+$", ""))]
-COMMAS = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9,])|[0-9]+,[0-9]{2}(?![0-9,])|"
-LEXEME = (r"\\(?:begin|end)\{\w+\}|or(?![a-z])|"
-          r"(?:\\[a-zA-Z]+|pi|ln|[a-zA-Z]{3,}|[a-zA-Z])(?:\s*_\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\w))?'*|"
-          r"[0-9]+_\{?[0-9]+\}?|[0-9]+\.?[0-9]*|\.[0-9]+|[<>!]=|\\.|\S")
-CLOSING = {"": [""], "(": ")]", "[": ")]", "{": "}", "\\{": ["\\}"], "|": ["|)"],
-           "\\begin": ["\\end"]}
-TURNED = {">": "<", "\\ge": "\\le"}
-RELATIONS = "=", "\\ne", "<", "\\le", *TURNED, "\\approx", "\\in", "\\cup"
-STOPS = {"", *")]}", "\\}", "|)", "\\end"}
-ENDS = {*STOPS, ",", ";", *RELATIONS}  # of a value, and of what sin is applied to:
-ARGUMENT_ENDS = {*ENDS, *"+-*/^!%", *FUNCTIONS, *("\\" + name for name in FUNCTIONS)}
+CONSTANTS |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+FUNCTIONS: dict[str, Callable] = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "exp": cmath.exp, "ln": cmath.log,
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "log": cmath.log,
+    "abs": abs, "frac": truediv,
+    "root": lambda degree, x: power(x, 1 / degree),
+    "factorial": lambda n: math.gamma(n + 1),
+    "binom": lambda n, k: math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1),
+}
+SYMBOLS = {
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "±": r"\pm ", "∞": r"\infty ",
+    "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ", "²": "^2", "³": "^3",
+    "½": r"\frac12 ", "°": " ", r"\%": "%",
+}
+TEXT = r"\\(?:text(?:bf|rm|normal)?|mbox|math(?:rm|bf)|operatorname)\s*\{"
+FUNCTION = rf"(?:{'|'.join(FUNCTIONS)})"
+NO_UNIT = rf"(?!\s*(?:{FUNCTION}|{'|'.join(CONSTANTS)}|sqrt|and|or|mod)(?![a-zA-Z]))"
+UNIT = re.compile(
+    rf"(?<=[\w}})%])\s*{TEXT}{NO_UNIT}([^{{}}]{{2,}}|m)\}}"  # \text{ cm}^2
+    r"(?:\s*\^\s*\{?[23]\}?)?|"
+    rf"(?:(?<=[0-9}})%])|(?<=pi)|(?<=llion))(\s+{NO_UNIT}[a-zA-Z]{{3,}}|"  # 18 feet
+    r"\s*(?:[cmk]m|kg|ft|[apAP]\.?[mM]|m(?=\^[23]))(?![a-zA-Z]))"  # 18cm, 9 a.m.
+    r"([a-zA-Z /.]*)(?:\^\{?[23]\}?)?(?=\s*(?:[,;0-9}]|and|or|$))"
+)
+BRACES = "[^{}]*"
+for _ in range(5):  # five deep
+    BRACES = rf"[^{{}}]*(?:\{{{BRACES}\}}[^{{}}]*)*"
+BRACKET = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+ARGUMENT = rf"(?!{FUNCTION})[\w.]+(?:\^\w+|\^?{BRACKET})?"
 
+def rewrite(text: str, rules: list[str]) -> str:
+    """Apply rules such as "a => b", which replaces the regular expression a by b."""
+    for rule in rules:
+        old, new = rule.split(" => ")
+        text = re.sub(old, new, text)
+    return text
 
-@dataclass
-class Answer:
-    """A final answer taken apart. `kind` is "" for a value; "," for items in any order, and their
-    brackets, like "(]", for items in this one; or a relation: then `values` are its left minus its
-    right side, and an item is what it says of a name."""
+# Rules that bring answers into one spelling, and examples of what they change.
+CLEAN = [
+    r"(?<!\\)\\\\(?=[a-zA-Z]{2}) => \\", r"\\[dtc](?=frac|binom) => \\",  # \\frac, \dfrac
+    r",\\!\s*|\{,\} => ",  # 10{,}000
+    r"(?<=[0-9])(?: |\\,)(?=[0-9]{3}(?![0-9])) => ",  # 10 000
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-z])\.? =>  ",  # \left( \bigl(
+    r"(?<!\\)\\[!,;: ()\[\]]|[$€£~`\u200b] =>  ",  # \, and \( and money
+    r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\bdegrees?\b =>  ",  # 90^\circ
+    rf"\\%|(?:{TEXT})?\s*\b(?:percent(?:age)?|pct)\b\}}? => %",
+    r"(?<=[\w)])\*\*(?=[\w(]) => ^", r"\*\* =>  ",  # 2**3, **bold**
+    r"\\(frac|sqrt)\s*([0-9]|\\pi) => \\\1{\2}",  # \frac12
+    rf"(\\frac\s*\{{{BRACES}\}})\s*([0-9]) => \1{{\2}}",  # \frac{1}2
+    r"(?<![0-9.}^_])([0-9]+)\s*\\frac\{([0-9]+)\}\{([0-9]+)\} => (\1+\2/\3)",  # 2\frac12
+    r"(?<![0-9.}^_])([0-9]+) ([0-9]+)/([0-9]+) => (\1+\2/\3)",  # 2 1/2
+    r":00(?=\s*(?:\\text\{)?\s*[apAP]\.?[mM]) => ",  # 9:00 a.m.
+    r"^[^=:]*[a-zA-Z][^=:]*:[^=]*= => ",  # A:B = 3:4
+    r"(?<![0-9.:])([0-9.]+):([0-9.]+)(?![0-9.:]) => (\1,\2)",  # 3:4
+    r"^\s*[a-zA-Z]\s*\\in(?![a-z]) => ",  # x \in
+    r"\\?\w*\s*\([a-zA-Z, ]+,[a-zA-Z ]+\)\s*= => ",  # f(x, y) =
+    r"^([^0-9=]*)\\approx => \1=", r"\\approx.* => ",  # x \approx 3, 1/3 \approx 0.33
+    r"\\leq?(?:slant)?(?![a-z])|<= => ≤", r"\\geq?(?:slant)?(?![a-z])|>= => ≥",
+    r"\\neq?(?![a-z])|!= => ≠", r"\\lt(?![a-z]) => <", r"\\gt(?![a-z]) => >",
+    r"\\(?:cdot|times)(?![a-z]) => *", r"\\cup(?![a-z])|; => ,",
+    r"\\[lr]?vert(?![a-z]) => |",
+]
+WORDS = [
+    rf"{TEXT}([^{{}}]*)\}} =>  \1 ", r"(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) => ,",
+    r"\s+ =>  ", r"\s*,[\s,]* => ,", r" ?([^\w\s]) ? => \1",
+    r"^[\s,.:\"]+(?![0-9])|[\s,.:\"]+$ => ",  # . and "
+    r"=[^=,]*(?==) => ",  # x = 1 + 1 = 2
+]
+NAME = r"[a-zA-Z](?:_\w)?(?:\([a-z]\))?"
+ENDS = r"(?:[^()\[\]]|\([^()\[\]]*\))*"
+# Rules that turn an answer into Python. A name at the end of a tuple marks what it is.
+PYTHON = [
+    r"(?<![\w)}\]!])\+ => ",  # +5
+    r"([^<>≤≥,]+)>([^<>≤≥,]+) => \2<\1", r"([^<>≤≥,]+)≥([^<>≤≥,]+) => \2≤\1",  # 2 > x
+    rf"(?<![^,])({NAME}[<≤][^<≤,]+)(?![^,]) => -infty<\1",  # x < 2
+    rf"(?<![^,])([^<≤,]+[<≤]{NAME})(?![^,]) => \1<infty",  # 2 < x
+    rf"([^<≤,]+)<{NAME}<([^<≤,]+) => (\1,\2)", rf"([^<≤,]+)<{NAME}≤([^<≤,]+) => (\1,\2]",
+    rf"([^<≤,]+)≤{NAME}<([^<≤,]+) => [\1,\2)", rf"([^<≤,]+)≤{NAME}≤([^<≤,]+) => [\1,\2]",
+    rf"\(({ENDS})\] => (\1,open_closed)", rf"\[({ENDS})\) => (\1,closed_open)",
+    r"\\begin\{[bp]matrix\} => ((", r"(?:\\\\)?\s*\\end\{[bp]matrix\} => ),matrix)",
+    r"\\\\ => ),(", r"& => ,", r"\\\{|\\\}|^\{([^{}]*)\}$ => \1",  # \{1,2\}
+    r"\|([^|]*)\| => abs{\1}", r"\\?sqrt\s*\[(\w+)\]\s*\{ =>  root{\1,",  # \sqrt[3]{x}
+    r"\\?sqrt\s*[({] =>  root{2,", r"\\?sqrt\s*(\\?\w+) =>  root(2,\1)",  # \sqrt{2}
+    r"([0-9]+)_\{?([0-9]+)\}? => base_\2*\1",  # 101_2
+    r"\s*_\s*(?:\{\\?(\w+)\}|\\([a-zA-Z]+)) => _\1\2",  # a_{n}
+    r"\}\s*\{ => ,", r"\{ => (", r"\} => )",  # frac{1}{2} -> frac(1,2)
+    r"\\([a-zA-Z]+(?:_\w+)?) =>  \1 ", r" *\^ * => ^",
+    rf"(\w+|{BRACKET})! =>  factorial(\1)",
+    r"(?<![a-zA-Z_])(?!pi|ln)([a-zA-Z])(?=[a-zA-Z](?![a-zA-Z])) => \1 ",  # xy -> x y
+    r"(?<=[0-9])(?=[a-zA-Z])(?![eE][-+]?[0-9]) =>  ",  # 2x -> 2 x
+    r"(?<![\w.])0+(?=[0-9]) => ",  # 025
+    r"(?<=[\w)]) *(?=\()|(?<=[\w)]) +(?=[a-zA-Z])|(?<=\))(?=[a-zA-Z]) => *",  # 2 x -> 2*x
+    rf"\b({FUNCTION}(?:\^\w+|_\w+)?) +(?=[0-9]) => \1*",  # sin 2x
+    rf"\b({FUNCTION}(?:_\w+)?)\*(?=\() => \1",  # frac*(1,2) -> frac(1,2)
+    rf"\b({FUNCTION}(?:\^\w+|\^\(-?\w+\)|_\w+)?)\*({ARGUMENT}(?:\*{ARGUMENT})*) => \1(\2)",
+    rf"\b({FUNCTION})\^\(-1\)\*? => arc\1",  # sin^(-1)(x)
+    rf"\b({FUNCTION})\^\(?([0-9]+)\)?\*?({BRACKET}) => \1\3^\2",  # sin^2(x)
+    rf"\blog_(\w+)({BRACKET}) => (log\2/log(\1))",
+    r"% => /100", r"\^ => **", r"= => ==", r"≠ => !=",
+]
 
-    kind: str = ""
-    items: list["Answer"] = field(default_factory=list)
-    values: Any = None  # [Fraction, float or complex], at each of POINTS points
-    name: str = ""  # if it is one: x, a_n, AB, f(x), (p, q)
-    text: str = ""  # of a number, without its sign
-    percent: bool = False
-
-
-def together(names: list[str]) -> str:
-    return "".join(names) if all(names) else ""
-
-
-def apply(function: Callable, *sides: Answer) -> Answer:
-    """At each point. A product of names is a name, and so is a ratio; matrices are multiplied."""
-    if function is mul and sides[0].kind == sides[1].kind == "[]":
-        columns = list(zip(*(row.items for row in sides[1].items), strict=True))
-        return Answer("[]", [Answer("[]", [
-            reduce(partial(apply, add), map(partial(apply, mul), row.items, column))
-            for column in columns]) for row in sides[0].items])
-    values = [function(*point) for point in zip(*(side.values for side in sides), strict=True)]
-    named = function in (mul, truediv)
-    return Answer(values=values, name=together([side.name * named for side in sides]))
-
-
-def is_constant(answer: Answer) -> bool:
-    return bool(answer.values) and len(set(answer.values)) == 1
-
-
-def factorial(n):
-    whole = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 100
-    return Fraction(math.factorial(int(n))) if whole else math.gamma(n.real + 1)
-
+@lru_cache
+def parse(text: str) -> list:
+    """The items of a list, taken apart by Python's parser. Plus-minus makes two of one."""
+    if r"\pm" in text:
+        plus = parse(text.replace(r"\pm", "+").replace(r"\mp", "-"))
+        minus = parse(text.replace(r"\pm", "-").replace(r"\mp", "+"))
+        return list({ast.dump(node): node for node in plus + minus}.values())
+    code: Any = ast.parse(f"[{rewrite(text, PYTHON)}]", mode="eval")
+    items = code.body.elts
+    if all(equivalent(items[0], item) for item in items[1:]):
+        return items[:1]  # one answer in several spellings
+    return items
 
 def power(base, exponent):
-    """Exact where that is short."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        digits = abs(exponent) * math.log10(abs(base.numerator) + base.denominator)
-        if exponent.denominator == 1 and digits < 1000:
-            return base ** int(exponent)
-        if base < 0 and exponent.denominator % 2:
-            return (-1) ** exponent.numerator * float(-base) ** float(exponent)
-    return complex(base) ** complex(exponent)
+    """Exact, unless that takes too many digits."""
+    if isinstance(base, Fraction):
+        bits = (base.numerator * base.denominator).bit_length()
+        if abs(exponent) * bits > 4 * LONGEST:
+            base = float(base)
+    return base ** exponent
 
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: power}
 
-OPERATIONS: dict[str, tuple[int, Callable]] = {  # sign: how tightly it binds
-    "+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (4, power),
-    "!": (5, factorial), "%": (5, lambda x: x / 100)}
-ONE = Answer(values=[Fraction(1)] * POINTS)
-
-
-class Reader:
-    """Reads LaTeX or plain algebra by precedence climbing and evaluates it as it goes. What is not
-    in its grammar raises ValueError; what makes no sense, like 1 + (2, 3), TypeError."""
-
-    def __init__(self, text: str, commas: bool):
-        commas = commas and not re.search(r"[(\[]", text)  # (1,234] is no number
-        bars, lexemes = itertools.cycle(("|", "|)")), re.findall(commas * COMMAS + LEXEME, text)
-        lexemes = [SPELLING.get(lexeme, lexeme) for lexeme in lexemes]
-        self.rest = ["", *[next(bars) if lex == "|" else lex for lex in lexemes][::-1]]
-
-    def take(self, *wanted: str) -> str:
-        """The next lexeme, if it is one of these, else ''."""
-        return self.rest.pop() if self.rest[-1] in wanted else ""
-
-    def answer(self, opening: str = "") -> Answer:
-        """1, x = 2; (3, 4), 5 < y < 6: all, or up to the bracket that closes the opening one."""
-        rows = [[]]
-        while self.rest[-1] not in STOPS:
-            if self.take(";"):
-                rows.append([])
-            elif not self.take(","):
-                parts: list[Any] = [self.value()]
-                while sign := self.take(*RELATIONS):
-                    parts += [sign, self.value()]
-                rows[-1].append(related(parts))
-        rows = [row for row in rows if row]
-        kind, items = opening + self.rest[-1], [item for row in rows for item in row]
-        if self.rest.pop() not in CLOSING[opening]:
-            raise ValueError("a bracket is not closed, or not opened")
-        if opening == "\\begin":
-            return Answer("[]", [Answer("[]", row) for row in rows])
-        if len(items) == 1 and kind not in ("(]", "[)"):
-            return apply(abs, items[0]) if opening == "|" else items[0]
-        if items and not opening and all(same(items[0], item) for item in items[1:]):
-            return items[0]  # one answer in several spellings
-        if kind[:1] in ("(", "[") and (kind != "[]" or len(items) == 2):
-            return Answer(kind, items, name=together([item.name for item in items]))
-        if len(rows) > 1 and {len(row) for row in rows} == {len(rows[0])} != {1}:
-            return Answer(",", [Answer("()", row) for row in rows])  # p=5, q=2; p=7, q=2
-        names = {item.name.partition("_")[0] for item in items if item.kind == "="} - {""}
-        if len(names) == len(items):  # x = 1, y = 2
-            return Answer("()", sorted(items, key=lambda item: item.name))
-        return Answer(",", items)
-
-    def value(self, level: int = 0) -> Answer:
-        """A term, and what follows that binds more tightly than `level`."""
-        if sign := self.take("-", "+"):
-            left = self.value(max(level, 1))
-            if sign == "-":
-                left = replace(left, values=[-value for value in left.values], name="")
-        else:
-            left = self.atom()
-        while self.rest[-1] not in ENDS:
-            binds, operation = OPERATIONS.get(self.rest[-1], (2, mul))  # 2x needs no sign
-            if binds <= level:
-                break
-            sign = self.take(*OPERATIONS)
-            if binds == 5:
-                left = replace(apply(operation, left), percent=sign == "%")
-            else:
-                left = apply(operation, left, self.value(binds))
-        return left
-
-    def atom(self) -> Answer:
-        lexeme = self.rest.pop()
-        name, _, index = re.sub(r"[\\{}\s]", "", lexeme).partition("_")
-        if lexeme in CLOSING:
-            return self.answer(lexeme)
-        if name == "frac":
-            return apply(truediv, self.atom(), self.atom())
-        if name == "sqrt":
-            degree = self.atom() if self.rest[-1] == "[" else apply(add, ONE, ONE)
-            return apply(power, self.atom(), apply(truediv, ONE, degree))
-        if name in FUNCTIONS:  # sin^2 x, sin^{-1}(x), log_2 x
-            exponent = self.atom() if self.take("^") else ONE
-            x = self.atom() if self.rest[-1] in CLOSING else self.value(3)
-            while self.rest[-1] not in ARGUMENT_ENDS:
-                x = apply(mul, x, self.value(3))
-            if exponent.values[0] == -1:
-                return apply(FUNCTIONS["arc" + name], x)
-            base = cmath.log(Fraction(index)) if index else 1
-            return apply(power, apply(lambda x: FUNCTIONS[name](x) / base, x), exponent)
-        if re.match(r"\.?[0-9]", name):
-            name = re.sub(",(?=[0-9]{3})", "", name).replace(",", ".")
-            number = Fraction(int(name, int(index)) if index else name)
-            return Answer(values=[number] * POINTS, text=name)
-        if not name[:1].isalpha():
-            raise ValueError(f"{lexeme} is not in the grammar")
-        if name in CONSTANTS and not index:
-            return Answer(values=[CONSTANTS[name]] * POINTS, name=name)
-        draws = [random.Random(f"{name}_{index} {point}").choice for point in range(POINTS)]
-        return Answer(values=[Fraction(draw(range(101, 999)), draw((100, 100, -100)))
-                              for draw in draws], name=f"{name}_{index}")
-
-
-def related(parts: list[Any]) -> Answer:
-    """[side, sign, side, ...] as one answer; more becomes less by turning it round."""
-    if "\\approx" in parts:  # the exact value, if one is given
-        about = parts.index("\\approx")
-        parts = [parts[0], "=", parts[2]] if about == 1 and parts[0].name else parts[:about]
-    parts = parts[parts.index("\\in") + 1:] if "\\in" in parts else parts
-    if set(TURNED) & set(parts[1::2]):
-        parts = [TURNED.get(part, part) if isinstance(part, str) else part for part in parts[::-1]]
-    left, right, signs, says = parts[0], parts[-1], parts[1::2], []
-    if not signs:
-        return left
-    if set(signs) == {"\\cup"}:
-        return Answer(",", parts[::2])
-    known = parts[-3].values and right.values
-    values = apply(sub, parts[-3], right).values if known else None
-    if set(signs) == {"="}:  # the end of a chain, or what a name or number is
-        says = [right] if len(signs) > 1 or left.name or is_constant(left) else []
-        return Answer("=", says, values, left.name)
-    if len(signs) == 1 and signs != ["\\ne"] and (left.name or right.name):
-        infinity = Answer(values=[math.inf if right.name else -math.inf] * POINTS)
-        parts = [*parts, "<", infinity] if right.name else [infinity, "<", *parts]
-    if len(parts) == 5 and parts[2].name and {parts[1], parts[3]} <= {"<", "\\le"}:
-        says = [Answer("[("[parts[1] == "<"] + "])"[parts[3] == "<"], [parts[0], parts[4]])]
-    elif len(parts) > 3:
-        raise ValueError("a chain of relations that is no interval")
-    return Answer(signs[0], says, values)
-
+def evaluate(node: Any, point: int):
+    """The value of a formula at a random point; of an equation, left minus right side."""
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return Fraction(str(number))
+        case ast.Name(id=name) if name in CONSTANTS:
+            return CONSTANTS[name]
+        case ast.Name(id=name):
+            draw = random.Random(f"{name} {point}").choice
+            return Fraction(draw(range(101, 999)), draw((100, 100, -100)))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -evaluate(operand, point)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](evaluate(left, point), evaluate(right, point))
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq()], comparators=[right]):
+            return evaluate(left, point) - evaluate(right, point)
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return FUNCTIONS[name](*[evaluate(argument, point) for argument in arguments])
+    raise ValueError(f"{node} is not in the grammar")
 
 def close(a, b) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     return cmath.isclose(a, b, rel_tol=1e-9, abs_tol=0 if a and b else 1e-12)
 
-
-def rounds(decimal: Answer, digits: int, other: Answer) -> bool:
-    """Is the decimal, of so many significant digits at least, what the other one rounds to?"""
-    whole, _, places = decimal.text.partition(".")
-    longer = len(other.text.partition(".")[2]) >= len(places) + 3 or not other.text
-    return bool(places and longer and len((whole + places).lstrip("0")) >= digits and all(
-        abs(x - y) < 0.50001 * 10 ** -len(places) for x, y in zip(decimal.values, other.values,
-                                                                  strict=True)))
-
-
-def same(a: Answer, b: Answer) -> bool:
-    """Does the prediction a say what the gold answer b says?"""
-    if a.kind == b.kind in RELATIONS and all(a.values or [0]) and all(b.values or [0]):
-        first, *ratios = [x / y for x, y in zip(a.values, b.values, strict=True)]
-        turned = a.kind in ("<", "\\le") and first.real < 0
-        if all(close(ratio, first) for ratio in ratios) and not turned:
-            return True
-    stems = [x.name.partition("_")[0] for x in (a, b) if x.kind == "="]
-    a, b = (x.items[0] if x.kind in RELATIONS and x.items else x for x in (a, b))
-    if "" not in stems and len(set(stems)) == 2 and is_constant(a):
-        return False  # x = 5 is not y = 5, while y = 2x and f(x) = 2x may be the same
-    if a.kind == "" == b.kind:
-        if all(map(close, a.values, b.values)) or rounds(a, 4, b) or rounds(b, 2, a):
-            return True
-        times = Fraction(100) ** (a.percent - b.percent)  # 20 for 20%, or the other way round
-        return times != 1 and all(map(close, [value * times for value in a.values], b.values))
-    if not 0 < len(a.items) == len(b.items) <= 50:
+def equivalent(a: Any, b: Any) -> bool:
+    """Are two answers equivalent? A decimal as the first one may be rounded."""
+    if isinstance(a, ast.Tuple | ast.List) or isinstance(b, ast.Tuple | ast.List):
+        same_shape = type(a) is type(b) and len(a.elts) == len(b.elts)
+        return same_shape and all(map(equivalent, a.elts, b.elts))
+    values = [(evaluate(a, point), evaluate(b, point)) for point in range(4)]
+    if isinstance(a, ast.Compare) != isinstance(b, ast.Compare):
         return False
-    if a.kind == "," == b.kind:
-        rest = list(b.items)
-        for item in a.items:
-            found = [i for i, other in enumerate(rest) if same(item, other)]
-            if not found:
-                return False
-            del rest[found[0]]
-        return True
-    fits = a.kind == b.kind or {a.kind, b.kind} == {",", "()"}
-    return fits and all(map(same, a.items, b.items))
+    if isinstance(a, ast.Compare):  # Are the equations multiples of each other?
+        first, *ratios = [x / y for x, y in values]
+        same_sign = type(a.ops[0]) is type(b.ops[0])
+        return same_sign and first != 0 and all(close(ratio, first) for ratio in ratios)
+    decimal = re.fullmatch(r"-?0*([0-9]*)\.([0-9]+)", ast.unparse(a))
+    if decimal and "." not in ast.unparse(b):
+        digits = (decimal[1] + decimal[2]).lstrip("0")
+        error = 0.50001 / 10 ** len(decimal[2]) if len(digits) > 3 else 0
+        return all(close(x, y) or abs(x - y) < error for x, y in values)
+    return all(close(x, y) for x, y in values)
 
+def equivalent_lists(a: list, b: list) -> bool:
+    """Are two lists equivalent in any order?"""
+    if len(a) != len(b) or not 0 < len(a) <= 50:
+        return False
+    rest = list(b)
+    for item in a:
+        matches = [other for other in rest if equivalent(item, other)]
+        if not matches:
+            return False
+        rest.remove(matches[0])
+    return True
 
-def read(text: str, commas: bool) -> Answer:
-    """`commas`: 1,234 is a number. An answer with a plus-minus sign is two answers in one."""
-    if "\\pm" not in text:
-        return Reader(text, commas).answer()
-    found = []
-    for plus, minus in ("+-", "-+"):
-        answer = read(text.replace("\\pm", plus).replace("\\mp", minus), commas)
-        items = answer.items if answer.kind == "," else [answer]
-        found += [item for item in items if not any(same(item, other) for other in found)]
-    return Answer(",", found)
-
-
-def boxes(text: str) -> list[tuple[int, int, slice]]:
-    r"""(start, end, inside) of each whole \boxed{...}, braces matched, in one pass."""
-    found, opened = [], []
-    for mark in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):  # an escaped brace is no brace
-        if mark[0] == "}" and opened:
-            start = opened.pop()
-            if start[0] != "{":
-                found.append((start.start(), mark.end(), slice(start.end(), mark.start())))
-        elif mark[0].endswith("{") and mark[0] != "\\{":
-            opened.append(mark)
-    return sorted(found, key=lambda box: box[0])
-
-
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$((?:\\\$|[^$\n])+)\$", re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
-BETWEEN = re.compile(r"(?:[\s,;$.&+{}()\[\]\\]|q?quad|text|and|or)*")
-STATED = re.compile(r"(?i)(final )?answer(?: is\b|:)[:*\s]*|####")
-WORD = re.compile(rf"(?<![a-zA-Z0-9\\])(?!{NO_WORD})[a-zA-Z]{{2}}(?:[a-zA-Z]| [a-z]{{2}})")
-
+# $18 is money, not the beginning of a formula.
+MONEY = re.compile(r"\\\$|\$(?=[0-9][0-9,.]{0,15}(?: +[a-zA-Z]{2}|[^$\n]*$))", re.MULTILINE)
+BOX = re.compile(rf"\\boxed\s*\{{({BRACES})\}}")
+BETWEEN = r"(?:[\s,;$.&+{}()\[\]\\]|q?quad|text|and|or)*"
+BOXES = re.compile(rf"{BOX.pattern}(?:{BETWEEN}{BOX.pattern})*")
+FORMULA = r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$"
+# A formula, or text without words that begins with a number, such as 3x + 5. It may have
+# the words of a longer answer, as in 1 hour 20 minutes, and ends with two words of a unit.
+PLACE = (
+    rf"(?:{FORMULA}|(?<![\w\\.])(?<![-+*/^] )(?:[b-zB-HJ-Z] ?[-+*/=^<>(] ?|[-+(.])*"
+    r"(?:[0-9]|\\[a-zA-Z]+)(?:\\[a-zA-Z]+(?:\{[a-zA-Z ]*\})?|(?<![a-zA-Z])"
+    r"(?:and|or|pi|(?:dollar|pound|week|day|hour|minute)s?|feet|[mb]illion|[ap]\.?m|[AP]M|"
+    r"[b-zA-HJ-Z])(?![a-zA-Z])"
+    r"|(?![.!?](?:\s|$))[-+*/=^_(){}\[\],.:;%'!<>| 0-9])*(?:[a-zA-Z]{3,} ?){0,2}|\$)"
+)
+FINAL = re.compile(rf"(?is)final answer(?: is\b|:)[\s:*\"]*(?={PLACE})")
+STATED = re.compile(r"(?i)####[\s:*]*|answers?(?: is\b| are\b|:)[\s:*]*")
+SENTENCE = re.compile(rf"(?s)(?:{FORMULA}|(?!\.(?:\s|$)|\n).)*")
+NEGATED = rf"(?s)(?:\b(?:not|never|instead of|rather than)|n't)\b[^$0-9\\.]*{PLACE}"
+WORD = re.compile(rf"(?<![a-zA-Z\\]){NO_UNIT}[a-zA-Z]{{2}}(?:[a-zA-Z]| [a-z]{{2}})")
 
 def extract_answer(text: str, gold: bool = False) -> str:
-    r"""Where the answer stands; a gold one without box, #### or "final answer is" is all answer.
-
+    r"""Where the answer stands. A gold answer without a mark is all answer.
     >>> extract_answer(r"First \boxed{3}, so it is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
+    >>> extract_answer("The answer is not 5 but 7 apples.")
+    '7 apples'
     """
-    found = boxes(text)
-    stated = [mark for mark in STATED.finditer(text) if not gold or mark[1] or mark[0] == "####"]
-    if found and not (stated and stated[-1][1] and stated[-1].start() > found[-1][0]):
-        parts, start = [text[found[-1][2]].strip()], found[-1][0]
-        for before, end, inside in found[-2:-20:-1]:
-            if end > start or not BETWEEN.fullmatch(text[end:start]):
-                break
-            parts, start = [text[inside].strip(), *parts], before
-        return "; ".join(dict.fromkeys(parts))
-    if gold and not stated:
+    for symbol, spelling in SYMBOLS.items():
+        text = text.replace(symbol, spelling)
+    text = MONEY.sub("", unicodedata.normalize("NFKC", text))
+    text = text.rpartition("</think>")[2].strip() or text
+    boxed = list(BOXES.finditer(text))
+    marks = list(FINAL.finditer(text, boxed[-1].end()) if boxed else STATED.finditer(text))
+    if boxed and not marks:
+        return "; ".join(dict.fromkeys(BOX.findall(boxed[-1][0])))
+    if not marks and gold:
         return text.strip()
-    text = text[stated[-1].end():][:2000].strip() if stated else text[-2000:]
-    if stated:  # up to the end of the sentence, or of the formula that it begins with
-        sentence, formula = re.split(r"\.(?:\s|$)|\n", text)[0], FORMULA.match(text)
-        text = formula[0] if formula and formula.end() > len(sentence) else sentence
-    prose = FORMULA.sub(lambda formula: " " * len(formula[0]), text)
-    places = sorted([*FORMULA.finditer(text), *NUMBER.finditer(prose)], key=re.Match.start)
-    if re.search(r"\n\s*\$\s*$", text):
-        return ""
-    if not places or not WORD.search(re.sub(r"\\[a-zA-Z]+\s*\{[a-zA-Z ]*\}", "", prose)):
+    if marks:
+        start = marks[-1].end()
+        text = SENTENCE.match(text, start, start + 2 * LONGEST)[0]
+    text = re.sub(NEGATED, " ", text[-2 * LONGEST:])
+    prose = re.sub(rf"(?s){FORMULA}|\\[a-zA-Z]+\s*\{{[a-zA-Z ]*\}}", " ", text)
+    places = re.findall(f"(?s){PLACE}", text)
+    if not places or not WORD.search(prose):
         return text.strip()
-    return places[0 if stated else -1][0]
+    said = re.search(rf"(?s)(?:^|\b(?:is|are|equals))[\s:*]*({PLACE})", text)
+    if marks and said:
+        return said[1]
+    return places[0 if marks else -1]
 
+def normalize(text: str) -> tuple[str, set[str]]:
+    """The answer in one spelling, and the words of its units."""
+    text = rewrite(text[:2 * LONGEST], CLEAN)
+    units = " ".join(word for words in UNIT.findall(text) for word in words)
+    text = rewrite(UNIT.sub(" ", text), WORDS)
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3}", text):
+        text = text.lower()
+    return text, {*re.findall(r"[a-z]+?(?=s?\b)", units.lower().replace(".", ""))}
+
+THOUSANDS = r"(?<=[0-9])(?<![0-9]{4}),(?=[0-9]{3}(?:,[0-9]{3})*(?:\.[0-9]+)?(?![0-9,]))"
+# What a gold equation is about: x, a_n, AB, f(2), |AB| or \frac{AB}{CD}.
+LEFT_SIDE = (
+    r"(?:\|[A-Z]+\||(?!\\(?:sqrt|sin|cos|tan|log|ln))"
+    r"[a-zA-Z\\(][a-zA-Z\\{}_'()/]*(?:_\{?\w+\}?)?(?:\([0-9]\))?)"
+)
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+              SyntaxError, TypeError, ValueError)
 
 def is_correct(prediction: str, gold: str) -> bool:
-    """Do the final answers agree, by the policy above?
-
+    """Is the final answer of the prediction the gold answer, by the policy above?
     >>> is_correct("He has 1,200 + 34 = 1234 left.\\n#### 1,234", "1234")
     True
+    >>> is_correct("It is a 10% increase.", "10% decrease")
+    False
     """
-    texts = [extract_answer(prediction), extract_answer(gold, gold=True)]
-    for old, new in CLEAN:
-        texts = [old.sub(new, text[:2 * LONGEST]) for text in texts]
-    plain = [re.sub(r"[\s{}]", "", text) for text in texts]
-    plain = [text.lower() if re.search("[a-zA-Z]{3}", text) else text for text in plain]
-    if plain[0] == plain[1]:
-        return plain[0] != ""
-    if any(re.fullmatch("[a-zA-Z ]{3,}", text) or len(text) > LONGEST for text in texts):
+    a, a_units = normalize(extract_answer(prediction))
+    b, b_units = normalize(extract_answer(gold, gold=True))
+    if not (a_units <= b_units or b_units <= a_units) or max(len(a), len(b)) > LONGEST:
+        return False
+    if a == b:
+        return a != ""
+    if any(re.fullmatch("[a-zA-Z ]{3,}", text) for text in (a, b)):
         return False  # words, and different ones
-    for commas in (True, False):
+    if "=" in a and "=" not in b:
+        a = re.sub(r"[^=,<>≤≥≠]*=", "", a)
+    if "=" in b and "=" not in a:
+        b = re.sub(f"(?<![^,]){LEFT_SIDE}=", "", b)
+    attempts = [(a, b)]
+    if "%" in a + b:
+        attempts.append((a.replace("%", ""), b.replace("%", "")))
+    if "," in a + b:
+        attempts += [(f"({a})", b), (a, f"({b})")]  # 1, 2 for (1, 2)
+        if not re.search(r"[(\[]", a + b):
+            attempts.append((re.sub(THOUSANDS, "", a), re.sub(THOUSANDS, "", b)))
+    for a, b in attempts:
         try:
-            if same(*(read(text, commas) for text in texts)):
+            if equivalent_lists(parse(a), parse(b)):
                 return True
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
-            continue  # not in the grammar, or without a value
+        except UNREADABLE:
+            continue
     return False
 
-
-# ---- Answers, accuracy, comparison
-
-
-def ask(problems: list[dict], tokenizer: data.Tokenizer) -> list[list[int]]:
-    """The tokens to go on from: the rendered prompt, and the beginning of an answer if there is one
-    (`data.py mix`)."""
-    known, prompts = range(tokenizer.vocab_size), []
+# ---- Answers and their accuracy
+def encode_problems(problems: list[dict], tokenizer: data.Tokenizer) -> list[list]:
+    """Prompts as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
+    prompts, known = [], range(tokenizer.vocab_size)
     for problem in problems:
-        prefix = problem.get("prefix", [])
-        check(isinstance(prefix, list) and all(i in known for i in prefix), f"problem "
-              f"{problem['id']}: prefix: not ids of the tokenizer in {tokenizer.folder}")
-        prompts.append(tokenizer.prompt(data.turns(problem, "")) + prefix)
+        where, prefix = f"problem {problem['id']}", problem.get("prefix", [])
+        valid = isinstance(prefix, list) and all(i in known for i in prefix)
+        check(valid, f"{where}: prefix: not ids of the tokenizer in {tokenizer.folder}")
+        messages = data.get_messages(problem, where)
+        prompts.append(tokenizer.encode_prompt(messages) + prefix)
     return prompts
 
-
-def answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict], samples: int = 1,
-            temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 1024,
-            batch_size: int = 64, seed: int = 0, done: Collection = ()) -> Iterator[dict]:
-    """Trace records (see data.py) with verdicts, of all (problem's id, sample) that are not `done`.
-    Every answer has a seed of its own, so batching does not change a draw; and batches are those of
-    a run from the beginning, since the last digit of a sum depends on what is computed along. Text
-    that was cut off, by the limit or by the model's context, is wrong unless its answer was boxed
-    already."""
-    prompts = ask(problems, tokenizer)
-    context = model.config.max_position_embeddings
+def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
+                     samples: int = 1, temperature: float = 0.0,
+                     max_new_tokens: int = 1024, batch_size: int = 64, seed: int = 0,
+                     done: Collection = ()) -> Iterator[dict]:
+    """Yield a graded trace for each (problem id, sample) that is not `done`. Each answer
+    has a seed of its own. A resumed run repeats the batches of the whole run, since the
+    last digits of a sum depend on what shares its batch."""
+    prompts = encode_problems(problems, tokenizer)
     jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
-    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, and the largest batch first
+    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, largest batch first
     starts = range(0, len(jobs), batch_size)
-    for start in tqdm(starts, desc="answering", unit="batch", disable=None):
+    for start in tqdm(starts, "answering", disable=None):
         batch = jobs[start:start + batch_size]
-        missing = [(str(problems[i]["id"]), k) not in done for i, k in batch]
-        if not any(missing):
+        keys = [(str(problems[i]["id"]), k) for i, k in batch]
+        if all(key in done for key in keys):
             continue
-        drawn = model.sample([prompts[i] for i, _ in batch], max_new_tokens, temperature,
-                             [(seed, i, k) for i, k in batch], top_p,
-                             vocab_size=tokenizer.vocab_size)
-        for (i, k), (ids, logp) in itertools.compress(zip(batch, drawn, strict=True), missing):
-            check(not any(map(math.isnan, logp)), f"{model.folder}: NaN among the probabilities of "
-                  f"the answer to problem {problems[i]['id']}; try --dtype float32")
-            ids, problem = ids[:max(context - len(prompts[i]), 0)], dict(problems[i])
-            logp, prefix = logp[:len(ids)], problem.pop("prefix", [])
-            if prefix:  # the teacher's opinion of what the student wrote
-                whole = data.Example("", np.array(prompts[i]), len(prompts[i]) - len(prefix), None)
-                before, = data.response_logp(model, [whole], tokenizer.vocab_size)
-                ids, logp = prefix + ids, before.tolist() + logp
-            finished = bool(ids) and ids[-1] in model.eos_token_ids
-            record = data.response_fields(ids, logp, tokenizer, finished)
-            text = record["response"]
-            answer = extract_answer(text)
-            graded = text if finished else f"\\boxed{{{answer}}}" if boxes(text) else ""
-            yield {**problem, "rendered": tokenizer.text(data.turns(problem, "")), "sample": k,
-                   "temperature": temperature, **record, "extracted": answer,
-                   "correct": is_correct(graded, problem["answer"])}
+        seeds = [(seed, i, k) for i, k in batch]
+        batch_prompts = [prompts[i] for i, _ in batch]
+        answers = model.sample(batch_prompts, max_new_tokens, temperature, seeds)
+        for key, (i, k), (ids, logp) in zip(keys, batch, answers, strict=True):
+            if key not in done:
+                record = grade_answer(model, tokenizer, problems[i], prompts[i], ids, logp)
+                record["sample"] = k
+                record["temperature"] = temperature
+                yield record
 
+def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
+                 prompt: list, ids: list, logp: list) -> dict:
+    """A sampled answer as a trace with its verdict. An answer that was cut off, by the
+    limit or by the model's context, is wrong unless its box was complete."""
+    check(not np.isnan(logp).any(), f"problem {problem['id']}: NaN among the "
+          "log-probabilities of the answer; try --dtype float32")
+    room = max(model.config.max_position_embeddings - len(prompt), 0)
+    ids, logp = ids[:room], logp[:room]
+    prefix = problem.get("prefix", [])
+    if prefix:  # the teacher's log-probabilities of what the student wrote
+        example = data.Example(np.array(prompt), len(prompt) - len(prefix))
+        logp = [*data.response_logp(model, [example])[0], *logp]
+        ids = prefix + ids
+    finished = bool(ids) and ids[-1] in model.eos_token_ids
+    record = {key: value for key, value in problem.items() if key != "prefix"}
+    record["rendered"] = tokenizer.apply_chat_template(data.get_messages(problem, ""))
+    record |= data.trace_fields(ids, logp, tokenizer, finished)
+    response = record["response"]
+    record["extracted"] = extract_answer(response)
+    if not finished:
+        response = f"\\boxed{{{record['extracted']}}}" if BOX.search(response) else ""
+    record["correct"] = is_correct(response, problem["answer"])
+    return record
 
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
-    lines = list(data.read_jsonl(path))
-    for where, record in lines:
-        missing = {"id", "correct", "finished", "setup", "teacher_logprobs"} - record.keys()
-        check(not missing, f"{where}: no {', '.join(sorted(missing))}; this should be a file that "
-              "`evaluate.py accuracy` wrote")
-    check(lines, f"{path}: the file is empty")
-    return [record for _, record in lines]
-
-
-def marks(records: list[dict]) -> dict[str, float]:
-    """The share of right answers to each problem."""
-    found: dict[str, list[bool]] = {}
+    records = [record for _, record in data.read_jsonl(path)]
     for record in records:
-        found.setdefault(str(record["id"]), []).append(record["correct"])
-    return {problem: float(np.mean(correct)) for problem, correct in found.items()}
+        check("setup" in record, f"{path}: expected a file that `accuracy` wrote")
+    check(records, f"{path}: the file is empty")
+    return records
 
+def accuracy_per_problem(records: list[dict]) -> dict[str, float]:
+    """{problem id: share of its answers that are right}"""
+    verdicts = {}
+    for record in records:
+        verdicts.setdefault(str(record["id"]), []).append(record["correct"])
+    return {key: float(np.mean(correct)) for key, correct in verdicts.items()}
 
-def summarise(records: list[dict]) -> dict:
-    """avg@k with its standard error over problems, pass@k, and what one must know to compare."""
-    means = np.array(list(marks(records).values()))
+def summarize(records: list[dict]) -> dict:
+    """avg@k with its standard error over problems, pass@k, and what a comparison needs."""
+    means = np.array(list(accuracy_per_problem(records).values()))
     n = len(means)
-    return {"accuracy": means.mean(), "standard_error": means.std(ddof=n > 1) / math.sqrt(n),
-            "pass": np.mean(means > 0), "problems": n, "samples": len(records) // n,
-            "mean_tokens": np.mean([len(record["teacher_logprobs"]) for record in records]),
-            "truncated": np.mean([not record["finished"] for record in records])}
+    lengths = [len(record["teacher_logprobs"]) for record in records]
+    return {
+        "accuracy": means.mean(),
+        "standard_error": means.std(ddof=n > 1) / math.sqrt(n),
+        "pass": np.mean(means > 0),
+        "problems": n,
+        "samples": len(records) // n,
+        "mean_tokens": np.mean(lengths),
+        "cut_off": np.mean([not record["finished"] for record in records]),
+    }
 
-
-def describe(records: list[dict]) -> str:
-    """The summary as a line, from the records alone."""
-    got, setup = summarise(records), records[0]["setup"]
-    several = f", pass@{got['samples']} {got['pass']:.3f}" if got["samples"] > 1 else ""
-    decoding = f"T={setup['temperature']:g}, top-p {setup['top_p']:g}"
-    return (f"{setup['model']} on {setup['benchmark']}: accuracy {got['accuracy']:.3f} +- "
-            f"{got['standard_error']:.3f}{several} (n={got['problems']} x {got['samples']}, "
-            f"{decoding if setup['temperature'] else 'greedy'}, {got['mean_tokens']:.1f} tokens, "
-            f"{got['truncated']:.1%} cut off at {setup['max_new_tokens']})")
-
-
-def commit() -> str:
-    """Which code this is, for reports."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
-    return (git and git.stdout.strip()) or "unknown"
-
-
-def peak_memory_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return 0.0  # not known without a further package
-    import resource
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
-
+def summary_line(records: list[dict]) -> str:
+    s, setup = summarize(records), records[0]["setup"]
+    decoding = f"T={setup['temperature']:g}" if setup["temperature"] else "greedy"
+    pass_at_k = f", pass@{s['samples']} {s['pass']:.3f}" if s["samples"] > 1 else ""
+    return (f"{setup['model']} on {setup['benchmark']}: accuracy {s['accuracy']:.3f} +- "
+            f"{s['standard_error']:.3f}{pass_at_k} (n={s['problems']} x {s['samples']}, "
+            f"{decoding}, {s['mean_tokens']:.1f} tokens, {s['cut_off']:.1%} cut off at "
+            f"{setup['max_new_tokens']})")
 
 def accuracy(args: argparse.Namespace) -> None:
-    """Answers a benchmark, grades the answers, keeps a record of each, prints their accuracy."""
-    check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature above 0: "
-          "greedy answers are all alike")
-    problems = data.load_problems(args.benchmark, args.suffix, args.system)[:args.limit or None]
+    """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
+    check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature "
+          "above 0: greedy answers are all the same")
+    problems = data.load_problems(args.benchmark, args.suffix)[:args.limit or None]
     order = {str(problem["id"]): i for i, problem in enumerate(problems)}
-    check(len(order) == len(problems), f"{args.benchmark}: some problems have the same id")
-    setup = {key: vars(args)[key] for key in ("model", "benchmark", "suffix", "system", "dtype",
-                                              "temperature", "top_p", "max_new_tokens", "seed")}
-    setup["problems_sha256"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
-    home = Path(args.model) if Path(args.model).is_dir() else Path("answers", Path(args.model).name)
+    check(len(order) == len(problems), f"{args.benchmark}: problems with the same id")
+    # What a resumed evaluation must have in common with the interrupted one.
+    setup = {"problems_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest()}
+    for name in ("model", "benchmark", "suffix", "dtype", "samples", "temperature",
+                 "max_new_tokens", "seed"):
+        setup[name] = vars(args)[name]
+    # OUT.part has a line per answer so far. It becomes OUT when all are there.
+    out = Path(args.out or default_out(args))
+    part = Path(f"{out}.part")
+    check(args.resume or not part.exists(), f"{part}: an interrupted evaluation; add "
+          "--resume to continue it, or remove the file")
+    if part.exists():
+        data.cut_half_line(part)
+    finished = args.resume and out.exists() and not part.exists()
+    file = out if finished else part
+    records = read_answers(file) if file.exists() and file.stat().st_size else []
+    for record in records:
+        data.check_same_settings(file, record["setup"], setup)
+    if not finished:
+        model, tokenizer = data.load(args.model, args.dtype, args.device)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        done = {(str(record["id"]), record["sample"]) for record in records}
+        for record in generate_answers(model, tokenizer, problems, args.samples,
+                                       args.temperature, args.max_new_tokens,
+                                       args.batch_size, args.seed, done):
+            record["setup"] = setup
+            data.write_lines(part, [record], "a")
+            records.append(record)
+        records.sort(key=lambda record: (order[str(record["id"])], record["sample"]))
+        data.write_jsonl(out, records)
+        part.unlink()
+    wanted = len(problems) * args.samples
+    check(len(records) == wanted, f"{out}: {len(records)} answers instead of {wanted}")
+    print(f"{summary_line(records)}; {out}")
+
+def default_out(args: argparse.Namespace) -> Path:
+    """BENCHMARK-DECODING.jsonl in the model's folder; for a Hub name, in ./answers."""
+    folder = Path(args.model if Path(args.model).is_dir() else "answers")
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
-    out = Path(args.out or home / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl")
-    with data.resumable(out, setup, args.resume) as (part, add):
-        records = {(str(record["id"]), record["sample"]): record  # OUT: there may be more --samples
-                   for file in (out, part) if args.resume and file.exists()
-                   for record in read_answers(file)}
-        if len(records) < len(problems) * args.samples:
-            model, tokenizer = data.load(args.model, args.dtype, args.device)
-            for record in answers(model, tokenizer, problems, args.samples, args.temperature,
-                                  args.top_p, args.max_new_tokens, args.batch_size, args.seed,
-                                  set(records)):
-                records[str(record["id"]), record["sample"]] = add(record)
-        found = [records[key] for key in sorted(records, key=lambda key: (order[key[0]], key[1]))]
-        if part.exists():
-            data.write_jsonl(out, found)
-    print(f"{describe(found)}; {out}, {peak_memory_gb(args.device):.2f} GB, commit {commit()}")
-
-
-def grade(args: argparse.Namespace) -> None:
-    """Adds verdicts to traces from elsewhere that have an `answer`; training needs them right."""
-    records = []
-    for where, record in data.read_jsonl(args.traces):
-        response, gold = (data.conversation(record, where)[1],
-                          data.text_field(record, ["answer"], where))
-        records.append({**record, "extracted": extract_answer(response),
-                        "correct": is_correct(response, gold)})
-    check(records, f"{args.traces}: the file is empty")
-    data.write_jsonl(args.out, records)
-    print(f"{args.out}: {sum(r['correct'] for r in records)} of {len(records)} traces are right")
-
+    return folder / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
 
 def compare(args: argparse.Namespace) -> None:
-    """Paired comparison of two files of answers to the same problems: what "A beats B" means."""
-    sides = [read_answers(file) for file in args.files]
-    print(*map(describe, sides), sep="\n")
-    asked = [{str(r["id"]): (r.get("prompt"), r.get("answer")) for r in side} for side in sides]
-    check(asked[0] == asked[1], f"{' and '.join(args.files)}: not answers to the same problems")
-    a, b = map(marks, sides)
-    gain, rng = np.array([a[problem] - b[problem] for problem in a]), np.random.default_rng(0)
-    low, high = np.percentile([rng.choice(gain, len(gain)).mean() for _ in range(10000)],
-                              (2.5, 97.5))
-    more, less = int(sum(gain > 0)), int(sum(gain < 0))
-    tail = sum(math.comb(more + less, k) for k in range(min(more, less) + 1))  # of a fair coin
-    print(f"A - B: {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (bootstrap over the "
-          f"problems); A is better on {more}, B on {less} of {len(gain)}, exact McNemar p = "
-          f"{min(1.0, 2 * tail / 2 ** (more + less)):.2g}")
-
+    """Paired comparison of two files of answers to the same problems."""
+    sides = []
+    for file in (args.a, args.b):
+        records = read_answers(file)
+        print(summary_line(records))
+        golds = {str(record["id"]): record["answer"] for record in records}
+        sides.append((golds, accuracy_per_problem(records)))
+    (golds_a, a), (golds_b, b) = sides
+    check(golds_a == golds_b, f"{args.a} and {args.b}: not answers to the same problems")
+    gain = np.array([a[problem] - b[problem] for problem in a])
+    rng = np.random.default_rng(0)
+    means = [rng.choice(gain, len(gain)).mean() for _ in range(10000)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    print(f"A - B: {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; A is "
+          f"better on {sum(gain > 0)}, B on {sum(gain < 0)} of {len(gain)} problems")
 
 # ---- Exposure bias
-
-
 @torch.no_grad()
-def drift(author: Transformer, teacher: Transformer, student: Transformer, prompts: list[list[int]],
-          args: argparse.Namespace, vocab_size: int) -> np.ndarray:
-    """[prompts, max_new_tokens]: KL(p || q), in nats, at each position of what `author` samples,
-    from the first token to the EOS; NaN behind it."""
-    found = np.full((len(prompts), args.max_new_tokens), np.nan)
-    for start in tqdm(range(0, len(prompts), args.batch_size), desc="measuring", disable=None):
-        some = prompts[start:start + args.batch_size]
-        drawn = author.sample(some, args.max_new_tokens, 1.0, [
-            (args.seed, start + i) for i in range(len(some))], vocab_size=vocab_size)
-        batch = data.collate([data.Example("", np.array(prompt + ids), len(prompt), None)
-                              for prompt, (ids, _) in zip(some, drawn, strict=True)])
-        batch = batch.to(args.device)
-        p, q = (model(batch.tokens).flatten(0, 1)[batch.rows] for model in (teacher, student))
-        kl = torch.cat([loss.kl(student.logits(q_rows)[:, :vocab_size],  # V is wide: some at a time
-                                teacher.logits(p_rows)[:, :vocab_size])
-                        for p_rows, q_rows in zip(p.split(256), q.split(256), strict=True)])
-        check(kl.isfinite().all(), "exposure: logits are not finite; try --dtype float32")
-        for row, values in enumerate(kl.cpu().split([len(ids) for ids, _ in drawn]), start):
-            found[row, :len(values)] = values
-    return found
+def kl_along_samples(author: Transformer, teacher: Transformer, student: Transformer,
+                     prompts: list[list], args: argparse.Namespace) -> np.ndarray:
+    """KL(p || q) in nats at each position of what `author` samples, from the first token to
+    the EOS: [prompts, max_new_tokens]. NaN after the EOS."""
+    result = np.full((len(prompts), args.max_new_tokens), np.nan)
+    starts = range(0, len(prompts), args.batch_size)
+    for start in tqdm(starts, "measuring", disable=None):
+        part = prompts[start:start + args.batch_size]
+        seeds = [(args.seed, start + i) for i in range(len(part))]
+        answers = author.sample(part, args.max_new_tokens, 1.0, seeds)
+        examples = []
+        for prompt, (ids, _) in zip(part, answers, strict=True):
+            examples.append(data.Example(np.array(prompt + ids), len(prompt)))
+        batch = data.collate(examples, args.device)
+        p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
+        q_hidden = student(batch.tokens).flatten(0, 1)[batch.positions]
+        chunks = []  # logits are V wide, so 256 rows at a time have them
+        for p, q in zip(p_hidden.split(256), q_hidden.split(256), strict=True):
+            chunks.append(loss.kl(student.logits(q), teacher.logits(p)))
+        kl = torch.cat(chunks).cpu().numpy()
+        check(np.isfinite(kl).all(), "exposure: KL is not finite; try --dtype float32")
+        for row, (ids, _) in enumerate(answers, start):
+            result[row, :len(ids)] = kl[:len(ids)]
+            kl = kl[len(ids):]
+    return result
 
-
-def excess(student: np.ndarray, teacher: np.ndarray, draws: int = 1000) -> dict[str, np.ndarray]:
-    """ExAccErr(l) = (R(l) - epsilon(l)) / epsilon(l), in percent (Arora et al. 2022, arXiv
-    2204.01171), from `drift` [problems, samples, L] on student and teacher prefixes, with the 95 %
-    interval of a bootstrap over problems. A position's mean is over the answers that reach it."""
+def exposure_curve(student: np.ndarray, teacher: np.ndarray, draws: int = 1000) -> dict:
+    """ExAccErr(l) = (R(l) - epsilon(l)) / epsilon(l) in percent (arXiv 2204.01171). R and
+    epsilon sum the mean KL of the first l positions on student and on teacher prefixes
+    (`kl_along_samples`, [problems, samples, L]). A mean is over the answers that reach the
+    position. The 95 % interval is a bootstrap over problems."""
     n = len(student)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
-    weights = np.concatenate([np.ones((1, n)), weights])  # the first row is the estimate itself
+    weights = np.concatenate([np.ones((1, n)), weights])  # row 0: the estimate itself
+    def sum_of_means(kl: np.ndarray) -> np.ndarray:
+        total = weights @ np.nansum(kl, 1)
+        count = weights @ np.isfinite(kl).sum(1)
+        return np.cumsum(total / count, 1)  # [1 + draws, L]
     with np.errstate(invalid="ignore", divide="ignore"):
-        R, epsilon = (np.cumsum(weights @ np.nansum(kl, 1) / (weights @ np.isfinite(kl).sum(1)), 1)
-                      for kl in (student, teacher))
-        equal = np.maximum(R, epsilon) < 1e-6 * np.arange(1, R.shape[1] + 1)  # but for rounding
-        curve = np.where(equal, 0.0, (R - epsilon) / epsilon * 100)
+        R = sum_of_means(student)
+        epsilon = sum_of_means(teacher)
+        curve = (R - epsilon) / epsilon * 100
+    curve[np.maximum(R, epsilon) < 1e-6] = 0  # but for rounding: p = q
     end = int(np.isfinite(curve[0]).sum())  # where the last answer of one side ends
     low, high = np.nanpercentile(curve[1:, :end], (2.5, 97.5), axis=0)
-    return {"excess": curve[0, :end], "low": low, "high": high, "R": R[0, :end],
-            "epsilon": epsilon[0, :end]}
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BadInput("pictures need matplotlib: pip install -r tests/requirements.txt") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
+    return {"excess": curve[0, :end], "low": low, "high": high,
+            "R": R[0, :end], "epsilon": epsilon[0, :end]}
 
 def exposure(args: argparse.Namespace) -> None:
-    """ExAccErr: how much more a student errs on its own prefixes than on those of the teacher."""
-    plot = args.plot and pyplot()
-    (teacher, other), (student, tokenizer) = (data.load(name, args.dtype, args.device)
-                                              for name in (args.teacher, args.student))
-    check(other.vocab == tokenizer.vocab, f"{args.teacher} and {args.student}: two vocabularies")
-    problems = data.load_problems(args.benchmark, args.suffix, args.system)[:args.limit or None]
-    prompts = sorted(ask(problems, tokenizer), key=len)
+    """ExAccErr: how much more a student errs on its own prefixes than on the teacher's."""
+    teacher, teacher_tokenizer = data.load(args.teacher, args.dtype, args.device)
+    student, tokenizer = data.load(args.student, args.dtype, args.device)
+    check(teacher_tokenizer.vocab == tokenizer.vocab, "exposure: different tokenizers")
+    problems = data.load_problems(args.benchmark, args.suffix)[:args.limit or None]
+    prompts = sorted(encode_problems(problems, tokenizer), key=len)
+    repeated = [prompt for prompt in prompts for _ in range(args.samples)]
     shape = len(prompts), args.samples, args.max_new_tokens
-    prompts = [prompt for prompt in prompts for _ in range(args.samples)]
-    own, theirs = (drift(author, teacher, student, prompts, args, tokenizer.vocab_size)
-                   .reshape(shape) for author in (student, teacher))
-    curve = excess(own, theirs)
-    lines = [{"length": i + 1, **{key: round(float(values[i]), 6) for key, values in curve.items()}}
-             for i in range(len(curve["R"]))]
+    on_student = kl_along_samples(student, teacher, student, repeated, args)
+    on_teacher = kl_along_samples(teacher, teacher, student, repeated, args)
+    curve = exposure_curve(on_student.reshape(shape), on_teacher.reshape(shape))
+    lines = []
+    for i in range(len(curve["R"])):
+        line: dict = {"length": i + 1}
+        for key, column in curve.items():
+            line[key] = round(float(column[i]), 6)
+        lines.append(line)
     data.write_jsonl(args.out, lines)
-    for line in lines[len(lines) - 1::-max(len(lines) // 8, 1)][::-1]:
-        print("ExAccErr({length}) = {excess:+.2f} %  [{low:+.2f}, {high:+.2f}]; summed KL on the "
-              "student's prefixes {R:.4f}, on the teacher's {epsilon:.4f}".format(**line))
-    if plot:
-        figure, axes = plot.subplots(figsize=(7, 4), layout="constrained")
-        lengths = [line["length"] for line in lines]
-        axes.axhline(0, color="0.5", linewidth=0.8)
-        axes.plot(lengths, curve["excess"], color="#5e3c99", label=args.student)
-        axes.fill_between(lengths, curve["low"], curve["high"], alpha=0.2, color="#5e3c99",
-                          label="95 % interval")
-        axes.set(xlabel="length l (tokens)", ylabel="ExAccErr(l), %",
-                 title=f"Excess error on its own prefixes ({shape[0]} x {shape[1]} answers)")
-        axes.legend()
-        figure.savefig(args.plot, dpi=150)
+    for line in lines[::max(len(lines) // 8, 1)]:
+        print("ExAccErr({length}) = {excess:+.2f} % [{low:+.2f}, {high:+.2f}] of summed KL "
+              "{epsilon:.4f}".format(**line))
 
-
-# ---- A page of traces, a report of runs
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD weights</title><style>
-body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
-        color: #111; print-color-adjust: exact; -webkit-print-color-adjust: exact }}
-table {{ width: 100%; border-collapse: collapse; table-layout: fixed }}
-tbody {{ break-inside: avoid }} .prompt {{ background: #f4f4f4 }}
-td, th {{ white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; text-align: left;
-          padding: .3em .6em; border: 1px solid #ccc }}
-.low {{ border-bottom: 2px dotted #b35806 }} .high {{ border-bottom: 3px double #5e3c99 }}
-</style><h1>What counts in these traces</h1><p>Each token in the colour of its weight
-w = 2 sigmoid((log q - log p) / {tau:g}); point at one for the student's q and the teacher's p.
-<p>w = {legend} (below 0.5 dotted, above 1.5 underlined twice)<table>{table}</table></html>
+# ---- A page of traces, a table of runs
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD</title>
+<style>body { font: 16px/1.9 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
+              color: #111; background: #fff; padding: 0 1em; print-color-adjust: exact }
+p { white-space: pre-wrap; overflow-wrap: anywhere; break-inside: avoid; margin: 0 }
+.prompt { background: #f4f4f4; margin-top: 1.5em }
+.low { border-bottom: 2px dotted #b35806 } .high { border-bottom: 3px double #5e3c99 }
+</style><h1>DisCorD weights</h1>
 """
 
-
 def token_span(piece: str, w: float, title: str = "") -> str:
-    """A token of the page: orange if it counts less than in SFT, violet if more."""
-    color = f"rgba({'230,97,1' if w < 1 else '94,60,153'},{abs(w - 1) * 0.7:.2f})"
-    kind = "low" if w < 0.5 else "high" if w > 1.5 else ""
+    """A token: orange if it counts less than in SFT, violet if it counts more."""
+    rgb = "230,97,1" if w < 1 else "94,60,153"
+    style = f"background:rgba({rgb},{abs(w - 1) * 0.7:.2f})"
+    name = "low" if w < 0.5 else "high" if w > 1.5 else ""
     text = html.escape(piece).replace("\n", "\u21b5\n")
-    return f'<span class="{kind}" style="background:{color}" title="{title}">{text}</span>'
+    return f'<span class="{name}" style="{style}" title="{title}">{text}</span>'
 
-
-@torch.no_grad()
 def weights(args: argparse.Namespace) -> None:
-    """Writes a page of traces, each token in the colour of its weight, one column a student."""
-    columns = []
-    for name in args.students:
-        model, tokenizer = data.load(name, args.dtype, args.device)
-        examples = data.load_traces(args.traces, tokenizer, args.max_length, True)[0][:args.limit]
-        columns.append([f"<th>{html.escape(name)}</th>"])
-        found = data.response_logp(model, examples, tokenizer.vocab_size)
-        for example, q_logp in zip(examples, found, strict=True):
-            w = loss.discord_weight(torch.tensor(q_logp), torch.tensor(example.p_logp), args.tau)
-            stream = DecodeStream()
-            spans = [token_span(stream.step(tokenizer.backend, token) or "", weight,
-                                f"student {q:.3g}, teacher {p:.3g}, weight {weight:.3f}")
-                     for token, weight, q, p in zip(
-                         example.tokens[example.prompt:].tolist(), w.tolist(), np.exp(q_logp),
-                         np.exp(example.p_logp), strict=True)]
-            columns[-1].append(f"<td>{''.join(spans)}\n(mean weight {w.mean():.3f})</td>")
-    rows = ["".join(row) for row in zip(*columns, strict=True)]
-    for i, example in enumerate(examples, 1):
-        text = tokenizer.backend.decode(example.tokens[:example.prompt].tolist(),
-                                        skip_special_tokens=False)
-        rows[i] = (f'<td class="prompt" colspan="{len(columns)}">{html.escape(text)}</td></tr>'
-                   f"\n<tr>{rows[i]}")
-    legend = " ".join(token_span(f"\xa0{w:g}\xa0", w) for w in np.linspace(0, 2, 9))
-    with data.writing(args.out) as temporary:
-        temporary.write_text(PAGE.format(tau=args.tau, legend=legend, table="".join(
-            f"<tbody><tr>{row}</tr></tbody>\n" for row in rows)), encoding="utf-8")
-    print(f"{args.out}: {len(examples)} traces, students {', '.join(args.students)}")
-
+    """Write a page of the first ten traces, each token in the color of its weight."""
+    student, tokenizer = data.load(args.student, args.dtype, args.device)
+    examples = data.load_traces(args.traces, tokenizer, teacher=True)[0][:10]
+    page = [PAGE, f"<p>w = 2 sigmoid((log q - log p) / {args.tau:g}), student "
+            f"{html.escape(args.student)}. Orange tokens count less than in SFT (dotted: "
+            "w < 0.5), violet ones more (double: w > 1.5). Point at one to see q, p and w."]
+    logps = data.response_logp(student, examples)
+    for example, q_logp in zip(examples, logps, strict=True):
+        start, p_logp = example.prompt_length, example.teacher_logp
+        w = loss.discord_weight(torch.tensor(q_logp), torch.tensor(p_logp), args.tau)
+        prompt = tokenizer.decode(example.tokens[:start].tolist())
+        page.append(f'</p>\n<p class="prompt">{html.escape(prompt)}</p>\n<p>')
+        stream = DecodeStream(skip_special_tokens=False)
+        for i, token in enumerate(example.tokens[start:].tolist()):
+            piece = stream.step(tokenizer.backend, token) or ""  # part of a character
+            q, p = math.exp(q_logp[i]), math.exp(p_logp[i])
+            title = f"q {q:.3g}, p {p:.3g}, w {w[i]:.3f}"
+            page.append(token_span(piece, w[i].item(), title))
+        page.append(f" (mean weight {w.mean():.3f})")
+    with data.atomic_write(args.out) as temporary:
+        temporary.write_text("".join(page), encoding="utf-8")
+    print(f"{args.out}: {len(examples)} traces")
 
 def report(args: argparse.Namespace) -> None:
-    """Prints a table of runs and draws their curves. Folders that have one name, but for "seed7",
-    are the seeds of one run: mean +- standard deviation; a single one +- standard error."""
-    plot, groups, tests = args.plot and pyplot(), {}, {}
+    """Print a table of finished runs: accuracy +- standard error in their answers."""
+    rows = []
     for folder in map(Path, args.runs):
-        run, log = read_json(folder / "run.json"), list(data.read_jsonl(folder / "log.jsonl"))
-        check("seconds" in run, f"{folder}: this run has not finished; add --resume to its command")
-        got = {file.stem: summarise(read_answers(file)) for file in folder.glob("*-*.jsonl")}
-        tests |= dict.fromkeys(sorted(got))
-        name = re.sub(r"[-_]?seed[-_]?\d+[-_]?", "", folder.name) or folder.name
-        group = groups.setdefault(name, [])
-        group.append({"run": run, "log": [line for _, line in log], **got})
-        for key in ("objective", "tau", "beta", "lr", "steps"):
-            now, was = run["options"][key], group[0]["run"]["options"][key]
-            check(now == was, f"{folder}: {key} is {now}, but it was {was} in another run of the "
-                  "same folder name: not two seeds of one run; rename a folder")
-    table = [["run", "seeds", *tests, "tokens", "steps", "seconds"]]
-    bars: dict[str, list[tuple[float, float]]] = {test: [] for test in tests}
-    for name, group in groups.items():
-        cells, lengths = [], []
-        for test in tests:
-            found = [one[test] for one in group if test in one]
-            means = [summary["accuracy"] for summary in found] or [math.nan]
-            spread = np.std(means, ddof=1) if found[1:] else sum(s["standard_error"] for s in found)
-            bars[test].append((np.mean(means), spread))
-            cells.append("{:.3f} +- {:.3f}".format(*bars[test][-1]) if found else "")
-            lengths += [summary["mean_tokens"] for summary in found]
-        seconds = np.mean([one["run"]["seconds"] for one in group])
-        table.append([name, len(group), *cells, f"{np.mean(lengths):.1f}" if lengths else "",
-                      group[0]["run"]["steps"], f"{seconds:.0f}"])
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
-    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
-        print("|", " | ".join(f"{cell!s:<{w}}" for cell, w in zip(row, widths, strict=True)), "|")
-    if plot:
-        figure, axes = plot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-        axes[0, 0].set(title="accuracy", ylim=(0, 1.05), xticks=range(len(groups)))
-        axes[0, 0].set_xticklabels(groups, rotation=15, horizontalalignment="right")
-        for i, (test, values) in enumerate(bars.items()):
-            x = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
-            heights, spreads = zip(*values, strict=True)
-            axes[0, 0].bar(x, heights, 0.8 / len(bars), yerr=spreads, capsize=3, label=test,
-                           color=f"{0.85 - 0.5 * i / len(bars):.2f}", edgecolor="0.2")
-        titles = {"loss": "weighted loss", "weight": "mean weight", "ess": "effective sample size"}
-        for axis, (key, title) in zip(axes.flat[1:], titles.items(), strict=True):
-            for i, (name, group) in enumerate(groups.items()):
-                for one in group:
-                    points = zip(*((line["step"], line[key]) for line in one["log"]), strict=True)
-                    axis.plot(*points, ("-", "--", ":", "-.")[i % 4], color=f"C{i}",
-                              label=name if one is group[0] else None)
-            axis.set(title=title, xlabel="step")
-        for axis in axes.flat:
-            axis.legend(fontsize="small")
-        figure.savefig(args.plot, dpi=150)
-
+        run = read_json(folder / "run.json")
+        check("seconds" in run, f"{folder}: not finished; add --resume to its command")
+        row, lengths = {"run": f"{folder.parent.name}/{folder.name}"}, []
+        for file in sorted(folder.glob("*-*.jsonl")):
+            s = summarize(read_answers(file))
+            row[file.stem] = f"{s['accuracy']:.3f} +- {s['standard_error']:.3f}"
+            lengths.append(s["mean_tokens"])
+        row["tokens"] = f"{np.mean(lengths):.1f}" if lengths else ""
+        row["steps"] = f"{run['steps']}"
+        row["seconds"] = f"{run['seconds']:.0f}"
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for row in [{name: name for name in names}, dict.fromkeys(names, "---"), *rows]:
+        print("|", " | ".join(f"{row.get(name, ''):14}" for name in names), "|")
 
 # ---- The command line
-
-
 def main(argv: list[str] | None = None) -> None:
-    name, answering = "HF folder or Hub name", {
-        "--benchmark": (str, f"{', '.join(data.BENCHMARKS)}; a split: gsm8k:train; or FILE.jsonl"),
-        "--suffix": (None, "behind each question that has no \\boxed in it (default: "
-                     f"{data.SUFFIX!r}; for a file nothing)"),
-        "--system": ("", "system prompt"),
-        "--limit": (0, "only the first so many problems"),
-        "--max-new-tokens": (1024, "longer answers are cut off, and wrong"),
-        "--batch-size": (64, "answers at a time"),
-        "--seed": (0, "each answer's seed is made from it"), **data.MODEL_OPTIONS}
-    data.command_line(__doc__.splitlines()[0], {
-        accuracy: {
-            "--model": (str, name), **answering,
-            "--out": ("", "OUT.jsonl: a record of each answer; a teacher's are traces. Without it: "
-                      "BENCHMARK-DECODING.jsonl in the model's folder, or in answers/NAME"),
-            "--resume": (False, "go on where it was broken off"),
-            "--samples": (1, "answers to each problem"),
-            "--temperature": (0.0, "of sampling; 0 is greedy"),
-            "--top-p": (1.0, "nucleus sampling below 1")},
-        grade: {"--traces": (str, "T.jsonl: traces with an `answer`"),
-                "--out": (str, "OUT.jsonl: the same traces with verdicts")},
-        compare: {"files": (2, "ANSWERS.jsonl of A and of B")},
-        exposure: {
-            "--teacher": (str, name), "--student": (str, name), **answering,
-            "--samples": (4, "answers of each model to each problem"),
-            "--out": (str, "CURVE.jsonl: a line for each length"),
-            "--plot": ("", "CURVE.png: draw it, too (needs matplotlib)")},
-        weights: {
-            "students": ("+", "models, a column for each: before, after"),
-            "--traces": (str, "T.jsonl, with teacher_logprobs"),
-            "--out": (str, "PAGE.html: opens in any browser, needs nothing else"),
-            "--tau": (loss.TAU, "temperature of the weight"), "--limit": (10, "how many traces"),
-            "--max-length": (4096, "longer traces are left out (tokens)"), **data.MODEL_OPTIONS},
-        report: {
-            "runs": ("+", "folders of train.py, with the answers that `accuracy` put there"),
-            "--plot": ("", "REPORT.png: draw the curves, too (needs matplotlib)")}}, argv)
-
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    positive, count = data.number(int, 1), data.number(int, 0)
+    def add_command(function: Callable) -> Callable:
+        about = function.__doc__
+        command = commands.add_parser(function.__name__, help=about, description=about)
+        command.set_defaults(run=function)
+        add = command.add_argument
+        if function in (accuracy, exposure, weights):
+            data.add_model_options(add)
+        if function in (accuracy, exposure):
+            add("--benchmark", required=True, help=f"{', '.join(data.BENCHMARKS)}; with a "
+                "split: gsm8k:train; or FILE.jsonl")
+            add("--suffix", help="text after each question that asks for no \\boxed "
+                f"(default for a benchmark with a name: {data.SUFFIX!r})")
+            add("--limit", type=count, default=0, help="only the first problems")
+            add("--max-new-tokens", type=positive, default=1024, help="default: 1024")
+            add("--batch-size", type=positive, default=64, help="answers (default: 64)")
+            add("--seed", type=count, default=0, help="of the answers (default: 0)")
+        return add
+    add = add_command(accuracy)
+    add("--model", required=True, help="HF folder or Hub name")
+    add("--out", help="OUT.jsonl: a record per answer; a teacher's are traces (default: "
+        "BENCHMARK-DECODING.jsonl in the model's folder, or in ./answers)")
+    add("--resume", action="store_true", help="continue an interrupted evaluation")
+    add("--samples", type=positive, default=1, help="answers per problem (default: 1)")
+    add("--temperature", type=data.number(float, 0), default=0.0, help="default: 0, greedy")
+    add = add_command(compare)
+    add("a", help="A.jsonl, from `accuracy`")
+    add("b", help="B.jsonl: answers to the same problems")
+    add = add_command(exposure)
+    add("--teacher", required=True, help="HF folder or Hub name")
+    add("--student", required=True, help="HF folder or Hub name")
+    add("--out", required=True, help="CURVE.jsonl: a line per length")
+    add("--samples", type=positive, default=4, help="answers per problem (default: 4)")
+    add = add_command(weights)
+    add("--student", required=True, help="HF folder or Hub name")
+    add("--traces", required=True, help="T.jsonl with teacher_logprobs")
+    add("--out", required=True, help="PAGE.html: opens in any browser")
+    add("--tau", type=data.number(float, 1e-9), default=loss.TAU, help="default: 0.7")
+    add = add_command(report)
+    add("runs", nargs="+", help="folders of train.py, with answers of `accuracy` in them")
+    args = parser.parse_args(argv)
+    args.run(args)
 
 if __name__ == "__main__":
-    data.one_line_errors(main)
+    data.run_command(main)

@@ -1,8 +1,11 @@
-"""A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders, in HF's names.
+"""A Llama / Qwen2 / Qwen3 transformer that reads and writes Hugging Face folders.
 
-One network, four switches: bias on q, k, v (Qwen2), RMSNorm on query and key heads (Qwen3), a free
-head size, a tied head. Letters in all files: B sequences, T tokens, D hidden, H query and K
-key/value heads, Dh head size, V vocabulary, N supervised tokens. arXiv 2407.21783, 2505.09388."""
+One network, four switches: bias on q, k and v (Qwen2), RMSNorm on query and key heads
+(Qwen3), a free head size, a tied head. Names are HF's. arXiv 2407.21783, 2505.09388.
+
+Shapes in all files: B sequences, T tokens, D hidden, H query heads, K key/value heads,
+Dh head size, V vocabulary, N supervised tokens.
+"""
 
 import json
 import math
@@ -19,130 +22,164 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-
 class BadInput(ValueError):
-    """Something the user gave is wrong; the message names it and says what to do."""
+    """The user's input is wrong. The message names it and says what to do."""
 
-
-def check(fine: object, message: str) -> None:
-    if not fine:
+def check(condition: object, message: str) -> None:
+    if not condition:
         raise BadInput(message)
-
-
-def fetch(path_or_repo: str | Path) -> Path:
-    """The folder of a model: the one given, or the Hub's "org/name", downloaded once."""
-    try:
-        return (Path(path_or_repo) if Path(path_or_repo).is_dir() else
-                Path(snapshot_download(str(path_or_repo), allow_patterns=[
-                    "*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"])))
-    except (OSError, ValueError, errors.HTTPError) as error:  # whole files stay in the cache
-        raise BadInput(f"{path_or_repo}: not a folder, and the Hub says: {error!s:.200}") from error
-
 
 def read_json(file: Path) -> dict:
     try:
-        return dict(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{file}: missing, or not a JSON object ({error!s:.200})") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: missing, or not valid JSON ({error!s:.200})") from error
+    check(isinstance(content, dict), f"{file}: not a JSON object")
+    return content
 
+def model_folder(path_or_repo: str | Path) -> Path:
+    """A folder as it is, or the Hub's "org/name", downloaded once into the Hub's cache."""
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo)
+    files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]
+    try:
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=files))
+    except (OSError, ValueError, errors.HTTPError) as error:
+        message = f"{path_or_repo}: not a folder, and the Hub says: {error!s:.200}"
+        raise BadInput(message) from error
 
-ONLY = {  # keys of config.json that change the computation, with the values implemented here
-    "model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"),
-    "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    "layer_types": ("full_attention",), "hidden_act": ("silu",), "mlp_bias": (False,),
-    "attention_dropout": (0,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
-    "tie_word_embeddings": (False, True), "attention_bias": (False, True),
-    "quantization_config": (), "auto_map": (), "mrope_section": (), "full_attention": ()}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# ---- Configuration: keys that change the computation, and the values implemented here
 
+IMPLEMENTED: dict[str, list] = {
+    "model_type": ["llama", "qwen2", "qwen3"],
+    "architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+    "rope_type": ["default", "llama3"],
+    "layer_types": ["full_attention"],
+    "hidden_act": ["silu"],
+    "mlp_bias": [False],
+    "attention_bias": [False, True],
+    "attention_dropout": [0],
+    "tie_word_embeddings": [False, True],
+    "use_sliding_window": [False],
+    "partial_rotary_factor": [1],
+    "quantization_config": [],  # must be absent, like the next three
+    "auto_map": [],
+    "mrope_section": [],
+    "full_attention": [],
+}
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+LLAMA3_ROPE = ["factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"]
+DEFAULTS: dict[str, Any] = {
+    "model_type": None,
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 10 ** 9,
+}
 
 class Config(SimpleNamespace):
-    """config.json as attributes under HF's names, checked; `raw` is the file as it was."""
+    """config.json as attributes. Whatever is not implemented raises, naming the key."""
 
     def __init__(self, raw: dict, source: str | Path = "config.json"):
-        old, new = (raw.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
-        check(isinstance(old, dict) and isinstance(new, dict), f"{source}: rope_scaling and "
-              f"rope_parameters = {old!s:.60} and {new!s:.60}: not objects")
-        given = {**raw, "rope_type": old.get("type"), **old, **new}  # "type" is the older name
-        heads, kind = raw.get("num_attention_heads"), raw.get("model_type")
-        values = {"model_type": None, "rope_type": "default", "rope_theta": 1e4,
-                  "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_bias": False,
-                  "num_key_value_heads": heads if kind == "llama" else 0,
-                  "max_position_embeddings": 10 ** 9,
-                  **{key: value for key, value in given.items() if value is not None}}
-        llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else ()
-        def accept(fine: bool, key: str, why: str) -> None:
-            check(fine, f"{source}: {key} = {values.get(key)!s:.60}: {why}")
-        for key, known in ONLY.items():
-            found = values.get(key, [])
-            accept(all(item in known for item in (found if isinstance(found, list) else [found])),
-                   key, f"not implemented, only {' or '.join(map(str, known)) or 'without it'}")
-        for key in (*SIZES, "rope_theta", "rms_norm_eps", *llama3):
-            number = type(values.get(key)) in (int, int if key in SIZES else float)
-            most = 999 if key == "num_hidden_layers" else 1e9
-            accept(number and 0 < values[key] <= most, key, f"no number from 0 to {most:g}")
-        values.setdefault("head_dim", 128 if kind == "qwen3" else values["hidden_size"] // heads)
-        accept(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", "uneven groups")
-        accept(values["head_dim"] in range(2, 1025, 2), "head_dim", "RoPE needs an even number")
+        rope = {**(raw.get("rope_scaling") or {}),  # transformers 4
+                **(raw.get("rope_parameters") or {})}  # transformers 5
+        values = {**DEFAULTS}
+        if raw.get("model_type") == "llama":  # a Llama without this key has no shared heads
+            values["num_key_value_heads"] = raw.get("num_attention_heads")
+        given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
+        values |= {key: value for key, value in given.items() if value is not None}
+
+        def require(condition: bool, key: str, reason: str) -> None:
+            check(condition, f"{source}: {key} = {values.get(key)!s:.60}: {reason}")
+
+        for key, known in IMPLEMENTED.items():
+            value = values.get(key, [])
+            items = value if isinstance(value, list) else [value]
+            require(all(item in known for item in items), key,
+                    f"not implemented, only {known or 'without it'}")
+        llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else []
+        for key in [*SIZES, "rope_theta", "rms_norm_eps", *llama3]:
+            number = values.get(key)
+            require(type(number) in (int, float) and 0 < number <= 1e9, key,
+                    "expected a number above 0 and at most 1e9")
+        heads = values["num_attention_heads"]
+        is_qwen3 = values["model_type"] == "qwen3"
+        values.setdefault("head_dim", 128 if is_qwen3 else values["hidden_size"] // heads)
+        require(heads % values["num_key_value_heads"] == 0, "num_key_value_heads",
+                f"does not divide the {heads} attention heads")
+        require(values["head_dim"] in range(2, 1025, 2), "head_dim",
+                "RoPE needs an even number")
         super().__init__(**values, raw=raw, llama3=[values[key] for key in llama3])
 
-
+# ---- The network
 def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [B, T] -> cos and sin of the angles in fp32, each [B, 1, T, Dh]. In HF's layout a
-    dimension turns together with the one Dh/2 away; sin has the sign of the rotation in it."""
+    """RoPE (arXiv 2104.09864): positions [B, T] -> fp32 cosines and sines [B, 1, T, Dh].
+    HF rotates dimension i with dimension i + Dh/2. The sine carries the sign."""
     pair = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2], RoPE 2104.09864
-    if config.llama3:  # slow waves are stretched by `factor`, fast ones kept, others blended
-        factor, low, high, length = config.llama3
-        turns = length * freq / (2 * torch.pi)  # of each wave within the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = kept * freq + (1 - kept) * freq / factor
+    freq = 1.0 / config.rope_theta ** (pair / config.head_dim)  # [Dh/2]
+    if config.llama3:  # stretch slow waves by `factor`, keep fast ones, blend between
+        factor, low, high, original_length = config.llama3
+        turns = original_length * freq / (2 * torch.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / factor
     angle = positions[:, None, :, None].float() * freq
-    return angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
-
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 class KVCache:
     """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]."""
-    def __init__(self, config: Config, rows: int, columns: int, like: Tensor):
-        self.data = like.new_zeros(2, config.num_hidden_layers, rows, config.num_key_value_heads,
-                                   columns, config.head_dim)
-        self.length = 0  # columns filled
-
+    def __init__(self, config: Config, batch: int, columns: int, like: Tensor):
+        self.data = like.new_zeros(2, config.num_hidden_layers, batch,
+                                   config.num_key_value_heads, columns, config.head_dim)
+        self.length = 0  # columns in use
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        D, Dh, qwen2 = config.hidden_size, config.head_dim, config.model_type == "qwen2"
-        H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        self.q_proj = nn.Linear(D, H * Dh, bias=bias or qwen2)
-        self.k_proj, self.v_proj = (nn.Linear(D, K * Dh, bias=bias or qwen2) for _ in range(2))
-        self.o_proj = nn.Linear(H * Dh, D, bias=bias and not qwen2)
+        D, Dh = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        is_qwen2 = config.model_type == "qwen2"
+        bias = config.attention_bias or is_qwen2  # Qwen2 ignores attention_bias
+        self.q_proj = nn.Linear(D, H * Dh, bias=bias)
+        self.k_proj = nn.Linear(D, K * Dh, bias=bias)
+        self.v_proj = nn.Linear(D, K * Dh, bias=bias)
+        self.o_proj = nn.Linear(H * Dh, D, bias=bias and not is_qwen2)
         norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
-        self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
+        self.q_norm = norm(Dh, config.rms_norm_eps)
+        self.k_norm = norm(Dh, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, past: tuple | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, rope[0].shape[-1])).transpose(1, 2)  # [B, H, T, Dh]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (x * rope[0] + x.roll(x.shape[-1] // 2, -1) * rope[1]
-                for x in (self.q_norm(q), self.k_norm(k)))
-        if past is not None:  # this layer's [2, B, K, :, Dh], and the columns [T] that are new
-            k, v = past[0].index_copy_(3, past[1], torch.stack((k, v)))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    def forward(self, x: Tensor, rope: list, mask: Any, past: Any) -> Tensor:
+        cos, sin = rope
+        Dh = cos.shape[-1]
+        q = self.q_proj(x).unflatten(-1, (-1, Dh))
+        k = self.k_proj(x).unflatten(-1, (-1, Dh))
+        v = self.v_proj(x).unflatten(-1, (-1, Dh))
+        q = self.q_norm(q).transpose(1, 2)  # [B, H, T, Dh]
+        k = self.k_norm(k).transpose(1, 2)  # [B, K, T, Dh]
+        v = v.transpose(1, 2)
+        q = q * cos + q.roll(Dh // 2, -1) * sin
+        k = k * cos + k.roll(Dh // 2, -1) * sin
+        if past is not None:
+            cache, columns = past  # this layer's [2, B, K, :, Dh]; where k and v go [T]
+            k, v = cache.index_copy_(3, columns, torch.stack((k, v)))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = (nn.Linear(D, inner, bias=False) for _ in range(2))
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class Block(nn.Module):
     def __init__(self, config: Config):
@@ -152,10 +189,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, past: tuple | None) -> Tensor:
+    def forward(self, x: Tensor, rope: list, mask: Any, past: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Transformer(nn.Module):
     def __init__(self, config: Config):
@@ -164,137 +200,167 @@ class Transformer(nn.Module):
         self.model: Any = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.generation, self.eos_token_ids = {}, []  # generation_config.json, and the ids in it
-        self.run: Any = nn.Module.__call__  # of a block; train.py may recompute activations instead
-        self.folder = Path("nowhere")  # what it was read from: its tokenizer files are saved along
+        self.block_forward: Any = nn.Module.__call__  # `train.py --recompute` replaces it
+        self.eos_token_ids: list[int] = []
+        self.folder = Path("nowhere")  # its tokenizer files are saved with the model
+        self.vocab_size = config.vocab_size  # data.load lowers it to the tokenizer's size
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 pad: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> hidden [B, T, D], causal. Batches are padded on the right; or on the
-        left, then pad [B] says how far. A cache goes before the tokens and is extended by them."""
-        x, start, mask = self.model.embed_tokens(tokens), cache.length if cache else 0, None
-        end = seen = start + tokens.shape[1]
-        if cache:  # shapes stay the same for 64 tokens, which compilers and CUDA graphs want
-            cache.length, seen = end, min(end + -end % 64, cache.data.shape[4])
-        column = torch.arange(seen, device=x.device)
-        query, first = column[start:end, None], 0 if pad is None else pad[:, None, None, None]
-        positions = query.T if pad is None else (query.T - pad[:, None]).clamp(min=0)  # [1 or B, T]
+        """tokens [B, T] -> hidden [B, T, D]. Rows are padded on the right, or on the left
+        by pad [B]. A cache holds the tokens before these and is extended by them."""
+        x = self.model.embed_tokens(tokens)
+        start = 0 if cache is None else cache.length
+        end = columns = start + tokens.shape[1]
+        if cache is not None:
+            cache.length = end
+            # Round up to 64 columns: compilers and CUDA graphs want the same shapes again.
+            columns = min(end + -end % 64, cache.data.shape[4])
+        column = torch.arange(columns, device=x.device)
+        query = column[start:end]
+        positions = query[None]  # [1 or B, T]
+        mask = None  # or [T, columns], with pad [B, 1, T, columns]
         if start or pad is not None:
-            # [..., T, columns]; a query always sees itself, since one that sees nothing gives NaN
-            mask = (column <= query) & (column >= first) | (column == query)
+            mask = column <= query[:, None]
+        if pad is not None:
+            positions = (positions - pad[:, None]).clamp(min=0)
+            mask = mask & (column >= pad[:, None, None, None])
+            mask = mask | (column == query[:, None])  # a query without any column gives NaN
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for i, block in enumerate(self.model.layers):
-            past = cache and (cache.data[:, i, :, :, :seen], query[:, 0])
-            x = self.run(block, x, rope, mask, past)
+            past = None
+            if cache is not None:
+                past = cache.data[:, i, :, :, :columns], query
+            x = self.block_forward(block, x, rope, mask, past)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> [..., V], for only those rows that are supervised or sampled."""
-        weight, rows = getattr(self, "lm_head", self.model.embed_tokens).weight, hidden[..., 0]
-        if rows.numel() > 16 or (weight.device.type, weight.dtype) != ("cpu", torch.float32):
-            return F.linear(hidden, weight)
-        # MKL takes few rows through a wide matrix at a third of memory's speed, in parts at all
-        parts = weight.unflatten(0, (math.gcd(64, len(weight)), -1))
-        x = hidden.reshape(-1, weight.shape[1]).T.expand(len(parts), -1, -1)
-        return (parts @ x).flatten(0, 1).T.reshape(*rows.shape, -1)
+        """hidden [..., D] -> [..., V]. Call it only for supervised or sampled positions."""
+        head = getattr(self, "lm_head", self.model.embed_tokens).weight
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if len(rows) > 16 or head.device.type != "cpu" or head.dtype != torch.float32:
+            return F.linear(hidden, head)[..., :self.vocab_size]
+        # Few rows through a wide matrix: MKL reaches a third of the memory's speed in one
+        # product, and all of it in 64 parts.
+        parts = head.unflatten(0, (math.gcd(64, len(head)), -1))
+        logits = parts @ rows.T.expand(len(parts), -1, -1)  # [64, V / 64, rows]
+        logits = logits.flatten(0, 1)[:self.vocab_size]
+        return logits.T.reshape(*hidden.shape[:-1], -1)
 
     def generate(self, *args, **options) -> list[list[int]]:
-        """generate(prompts, max_new_tokens, temperature=0.0, seed=None, ...): `sample`'s tokens."""
-        return [ids for ids, _ in self.sample(*args, **options)]
+        """(prompts, max_new_tokens, temperature=0.0, seed=None, ...): `sample`'s tokens."""
+        return [tokens for tokens, _ in self.sample(*args, **options)]
 
     @torch.no_grad()
-    def sample(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-               seed: int | list | None = None, top_p: float = 1.0, vocab_size: int | None = None,
-               ) -> list[tuple[list[int], list[float]]]:
-        """(new tokens, the EOS included, their fp32 log-probabilities at temperature 1) of each
-        prompt. Temperature 0 is greedy. A row draws from its own generator, seeded with (seed, row)
-        or seed[row], whatever its neighbours. `vocab_size` cuts unused rows off the head."""
-        check(prompts and all(prompts) and temperature >= 0 and 0 < top_p <= 1, "generate: "
-              f"no prompts, an empty one among them, or {temperature=}, {top_p=} out of range")
-        weight, B, longest = self.model.embed_tokens.weight, len(prompts), max(map(len, prompts))
-        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=weight.device)
-        seeds = seed if isinstance(seed, list) else [seed if seed is None else (seed, row)
-                                                     for row in range(B)]
-        draws = torch.tensor(np.stack([np.random.default_rng(s).random(max_new_tokens)
-                                       for s in seeds]), device=weight.device)  # [B, ...], [0, 1)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=weight.device)  # on the left
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=weight.device)
+    def sample(self, prompts: list[list], max_new_tokens: int, temperature: float = 0.0,
+               seed: int | list | None = None) -> list[tuple[list, list]]:
+        """Continue each prompt: (new tokens, EOS included; their log-probabilities).
+        Temperature 0 is greedy. Log-probabilities are fp32, always at temperature 1. Row i
+        has its own random generator, seeded with (seed, i) or, for a list, seed[i]."""
+        check(prompts and all(prompts), "generate: no prompts, or an empty one among them")
+        weight = self.model.embed_tokens.weight
+        device = weight.device
+        B, longest = len(prompts), max(map(len, prompts))
+        if not isinstance(seed, list):
+            seed = [None if seed is None else (seed, i) for i in range(B)]
+        uniform = [np.random.default_rng(s).random(max_new_tokens) for s in seed]
+        draws = torch.tensor(np.stack(uniform), device=device)  # [B, max_new_tokens]
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
+        pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)
         cache = KVCache(self.config, B, longest + max_new_tokens, weight)
-        out, logp, length, done = draws.long(), draws.float(), torch.zeros_like(pad), pad < 0
-        rows = torch.arange(B, device=weight.device)  # the prompts that are still being answered
+        new_tokens, logp = draws.long(), draws.float()  # to be overwritten
+        length = torch.zeros_like(pad)
+        done = length > 0
+        rows = torch.arange(B, device=device)  # of the batch, without those that left it
         for step in range(max_new_tokens):
-            logits = self.logits(self(tokens, cache, pad)[:, -1])[:, :vocab_size].float()
-            out[rows, step] = token = pick(logits, temperature, top_p, draws[rows, step, None])
-            logp[rows, step] = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            logits = self.logits(self(tokens, cache, pad)[:, -1]).float()
+            token = sample_token(logits, temperature, draws[rows, step, None])
+            new_tokens[rows, step] = token
+            chosen = logits.gather(-1, token[:, None])[:, 0]
+            logp[rows, step] = chosen - logits.logsumexp(-1)
             length[rows] += ~done[rows]
             done[rows] |= torch.isin(token, eos)
-            if weight.device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
+            if device.type == "cpu" or step % 16 == 0:  # asking a GPU makes it wait
                 alive = ~done[rows]
                 if not alive.any():
                     break
-                if alive.sum() <= 0.75 * len(rows):  # answered prompts leave, many at a time
+                if alive.sum() <= 0.75 * len(rows):  # finished rows leave, many at a time
                     rows, token, pad = rows[alive], token[alive], pad[alive]
                     cache.data = cache.data[:, :, alive]
             tokens = token[:, None]
-        return [(ids[:n], values[:n]) for ids, values, n
-                in zip(out.tolist(), logp.tolist(), length.tolist(), strict=True)]
+        results = zip(new_tokens.tolist(), logp.tolist(), length.tolist(), strict=True)
+        return [(row[:n], values[:n]) for row, values, n in results]
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
-                        device: str | torch.device = "cpu") -> "Transformer":
-        """Reads a Hugging Face folder or Hub repository; every tensor must be there and fit."""
-        folder, state, file = fetch(path_or_repo), {}, "model.safetensors.index.json"
-        with torch.device("meta"):
-            network = cls(Config(read_json(folder / "config.json"), folder / "config.json"))
+                        device: str = "cpu") -> "Transformer":
+        """Read a HF folder or a Hub repository. Raises BadInput if a tensor is missing,
+        unknown, or of another shape."""
+        folder = model_folder(path_or_repo)
+        file = folder / "config.json"
+        index = folder / "model.safetensors.index.json"
+        names, state = ["model.safetensors"], {}
         try:
-            files = read_json(folder / file)["weight_map"] if (folder / file).exists() else {
-                "every tensor": "model.safetensors"}
-            for file in sorted({*{**files}.values()}):  # mapped into memory, read where it is used
-                state |= {name: tensor.to(device, dtype)
-                          for name, tensor in load_file(folder / Path(file).name).items()
-                          if not name.endswith("rotary_emb.inv_freq")}  # a constant in old files
-            head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-            if network.config.tie_word_embeddings and head is not None and head.equal(embedding):
-                del state["lm_head.weight"]  # tied, and saved all the same
+            with torch.device("meta"):  # takes no memory until the weights come
+                network = cls(Config(read_json(file), file))
+            if index.exists():
+                file = index
+                names = sorted(set(read_json(file)["weight_map"].values()))
+            for name in names:
+                file = folder / Path(name).name  # never outside the folder
+                for key, tensor in load_file(file).items():  # mapped; .to() reads it
+                    if not key.endswith("rotary_emb.inv_freq"):  # a constant in old files
+                        state[key] = tensor.to(device, dtype)
+            head = state.get("lm_head.weight")
+            tied = network.config.tie_word_embeddings and head is not None
+            if tied and head.equal(state["model.embed_tokens.weight"]):
+                del state["lm_head.weight"]  # it was saved twice
             network.load_state_dict(state, strict=True, assign=True)
-        except (SafetensorError, OSError, RuntimeError, LookupError, TypeError) as error:
-            raise BadInput(f"{folder}/{file}: missing, corrupt, truncated, or not what config.json "
+        except (SafetensorError, OSError, RuntimeError, LookupError, TypeError,
+                AttributeError) as error:
+            raise BadInput(f"{file}: missing, corrupt, truncated, or not what config.json "
                            f"says: {' '.join(str(error).split()):.300}") from error
-        network.folder, options = folder, folder / "generation_config.json"
-        network.generation = read_json(options) if options.exists() else {}
-        eos = (network.config.raw | network.generation).get("eos_token_id")
-        network.eos_token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        check(all(type(i) is int for i in network.eos_token_ids), f"{folder}: eos_token_id = {eos}")
+        network.folder = folder
+        eos = network.config.raw.get("eos_token_id")
+        if (folder / "generation_config.json").exists():
+            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+        if eos is not None:
+            network.eos_token_ids = eos if isinstance(eos, list) else [eos]
         return network
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Writes config, weights, EOS ids and tokenizer files; moved here once all are whole."""
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a HF folder: config, weights, EOS ids and tokenizer files. They are written
+        to a folder inside, then moved, so no file is ever half-written."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}  # its old name
-        generation = {**self.generation, "eos_token_id": self.eos_token_ids}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
-            save_torch_state_dict(self.state_dict(), new, max_shard_size=max_shard_size)
-            for file in [*self.folder.glob("tokenizer*.json"), *self.folder.glob("*.jinja")]:
-                Path(new, file.name).write_bytes(file.read_bytes())
-            for name, content in ("generation_config.json", generation), ("config.json", config):
-                Path(new, name).write_text(json.dumps(content, indent=2) + "\n")
-            Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)
-            for file in sorted(Path(new).iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(Path(folder, file.name))
+        configs = {
+            "config.json": {**self.config.raw, "dtype": dtype, "torch_dtype": dtype},
+            "generation_config.json": {"eos_token_id": self.eos_token_ids},
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            new = Path(temporary)
+            save_torch_state_dict(self.state_dict(), new)
+            for pattern in ("tokenizer*.json", "*.jinja"):
+                for file in self.folder.glob(pattern):
+                    (new / file.name).write_bytes(file.read_bytes())
+            for name, content in configs.items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+            # config.json moves last: a folder that has one is complete.
+            for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
 
-
-def pick(logits: Tensor, temperature: float, top_p: float, draw: Tensor) -> Tensor:
-    """One token a row by inverting the cumulative distribution: [B, V], draw [B, 1] -> [B]."""
+def sample_token(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
+    """One token a row, by inverting the cumulative distribution: [B, V], [B, 1] -> [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).double(), None
-    if top_p < 1:  # the fewest most likely tokens that hold top_p: the nucleus, arXiv 1904.09751
-        p, order = p.sort(-1, descending=True)
-        p = p.where(p.cumsum(-1) - p < top_p, 0.0)
-    total = p.cumsum(-1)
-    index = torch.searchsorted(total, draw * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index))[:, 0]
+    total = (logits / temperature).softmax(-1).double().cumsum(-1)
+    index = torch.searchsorted(total, draw * total[:, -1:], right=True)
+    return index.clamp(max=logits.shape[-1] - 1)[:, 0]

@@ -1,22 +1,20 @@
-"""Distils a student from a teacher's traces on one device. Without arguments: in the toy world.
+"""Distill a student from a teacher's traces on one device. Without arguments: a toy world.
 
-    python train.py                                          # about a minute on two CPU cores
+    python train.py                                   # about two minutes on two CPU cores
     python train.py --student Qwen/Qwen2.5-0.5B --traces traces.jsonl --out runs/discord
 
---out becomes the Hugging Face folder of the trained student, with run.json (how it was made) and
-log.jsonl (the log lines). After an interruption, the same command with --resume goes on.
+--out becomes the Hugging Face folder of the trained student, with run.json (how it was
+made) and log.jsonl (the log lines). To resume an interrupted run, add --resume.
 """
 
 import argparse
-import itertools
-import json
+import hashlib
 import math
 import os
+import resource
 import shutil
-import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,356 +23,368 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import evaluate
 import loss
-from model import BadInput, Transformer, check, read_json
+from model import Transformer, check, read_json
 
-CHUNK = 256  # so many supervised rows are V wide at a time
-WARMUP, CLIP = 0.03, 1.0  # share of the steps; largest norm of the gradient. No weight decay
-TOY = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1, "steps": 800,
-       "max_length": 64, "log_every": 100}
-TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2, "rkl": 3e-3,
-          "discord": 1e-3}
-
-
-STOP: list[int] = []  # signals that have come
-
-
-def stop(number: int, frame) -> None:
-    """The first SIGINT or SIGTERM lets the step finish and be saved; the next one interrupts."""
-    if STOP:
-        raise KeyboardInterrupt
-    STOP.append(number)
-    os.write(2, b"\nsaving after this step; once more stops at once\n")
-
+CHUNK = 256  # rows that have logits at the same time
+WARMUP = 0.03  # share of the steps
+CLIP = 1.0  # largest norm of the gradient
+TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
+                "steps": 800, "max_length": 64, "log_every": 100}
+TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2,  # the best of a grid
+          "rkl": 3e-3, "discord": 1e-3}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count, real = parser.add_argument, data.number(int), data.number(float)  # above 0
-    share = data.number(float, 0, 1)
+    positive, share = data.number(int, 1), data.number(float, 0, 1)
+
+    add = parser.add_argument_group("what").add_argument
     add("--student", help="HF folder or Hub name; without it: the toy world")
-    add("--traces", help="JSONL of traces; data.py says how they look")
-    add("--out", help="folder of the run (toy world: runs/toy)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--objective", default="discord", choices=loss.NAMES, help="see loss.py (default: discord)")
-    add("--teacher", help="HF folder; needed by kl, rkl, todi, gkd and their discord- forms")
-    add("--tau", type=real, default=loss.TAU, help="of the DisCorD weight (default: %(default)s)")
+    add("--traces", help="JSONL of traces; data.py shows one")
+    add("--out", help="folder of the run (toy: runs/toy)")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", default="discord", choices=loss.NAMES, help="see loss.py")
+    add("--teacher", help="HF folder or Hub name; sft and discord need none")
+    add("--tau", type=data.number(float, 1e-9), default=loss.TAU,
+        help="temperature of the DisCorD weight; lower is stricter, inf is SFT; "
+        "default: %(default)s")
     add("--beta", type=share, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
     add("--on-policy", type=share, default=0.0,
-        help="share of the traces that the student writes anew each time (gkd; default: 0)")
-    add("--epochs", type=real, default=3, help="passes over the traces (default: 3)")
-    add("--steps", type=count, help="optimizer steps; if given, --epochs does not count")
-    add("--batch-size", type=count, default=8, help="traces in a micro-batch (default: 8)")
-    add("--grad-accum", type=count, default=4, help="micro-batches in a step (default: 4)")
-    add("--batch-tokens", type=count, help="cut the step (batch-size x grad-accum traces) into "
-        "micro-batches of at most so many tokens, padding included, instead")
-    add("--recompute", action="store_true", help="activations are computed again on the way back, "
-        "not kept: less memory, a third more time")
-    add("--compile", action="store_true", help="torch.compile of the blocks: a minute at the start")
-    add("--lr", type=real, default=1e-5, help="peak; cosine down to a tenth (default: 1e-5; toy "
-        "world: the best of tests/study.py)")
-    add("--max-length", type=count, default=2048, help="longer traces are left out (default: 2048)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--seed", type=data.number(int, 0), default=0, help="order of the traces (default: 0)")
-    add("--log-every", type=count, default=10, help="steps from log line to log line (default: 10)")
-    add("--save-every", type=count, default=500, help="steps between checkpoints (default: 500)")
+        help="share of the traces that the student rewrites, for gkd (default: 0)")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=data.number(float, 1e-9, 1e6), default=3, help="default: 3")
+    add("--steps", type=positive, help="optimizer steps; replaces --epochs")
+    add("--batch-size", type=positive, default=8,
+        help="traces per micro-batch (default: 8)")
+    add("--grad-accum", type=positive, default=4,
+        help="micro-batches per step (default: 4)")
+    add("--lr", type=data.number(float, 1e-12, 1), default=1e-5,
+        help="peak, then cosine to a tenth (default: 1e-5; toy: the best of a grid)")
+    add("--max-length", type=positive, default=2048,
+        help="tokens; longer traces are dropped (default: 2048)")
+    add("--seed", type=data.number(int, 0), default=0,
+        help="of the order of traces (default: 0)")
+
+    add = parser.add_argument_group("machine").add_argument
+    data.add_model_options(add)
+    add("--recompute", action="store_true", help="recompute activations to save memory")
+    add("--compile", action="store_true", help="torch.compile the blocks (needs g++)")
+    add("--log-every", type=positive, default=10, help="steps per line (default: 10)")
+    add("--save-every", type=positive, default=500, help="per checkpoint (default: 500)")
     args = parser.parse_args(argv)
     if args.student is None:
-        parser.set_defaults(**TOY)
+        parser.set_defaults(**TOY_DEFAULTS)
         args = parser.parse_args(argv)
     if (args.student is None) != (args.traces is None) or not args.out:
-        parser.error("give --student, --traces and --out; or none of them, for the toy world")
+        parser.error("give --student, --traces and --out; or none, for the toy world")
     return args
 
-
+# ---- One optimizer step
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine from lr down to lr / 10."""
     warmup = round(WARMUP * args.steps)
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+    progress = (step - warmup) / (args.steps - warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
+def recompute_block(block: torch.nn.Module, *args: object) -> Tensor:
+    """Activation checkpointing (arXiv 1604.06174). The recomputation needs the cast weights
+    of `backward`, so they are passed as arguments."""
+    weights = dict(block.named_parameters())
+    return checkpoint(functional_call, block, weights, args, use_reentrant=False)
 
-def recomputed(block: torch.nn.Module, *args) -> Tensor:
-    """Activation checkpointing (arXiv 1604.06174) of a block. On the way back it must be computed
-    with the weights of now, which `backward` has cast and which are gone by then: they go along."""
-    return torch.utils.checkpoint.checkpoint(
-        functional_call, block, dict(block.named_parameters()), args, use_reentrant=False)
-
+def resample_on_policy(student: Transformer, micro_batches: list[list[data.Example]],
+                       step: int, args: argparse.Namespace) -> None:
+    """Replace a random share of the traces by the student's own answers at temperature 1,
+    at most as long as the longest trace of the micro-batch (GKD, arXiv 2306.13649)."""
+    first = 0
+    for examples in micro_batches:
+        seeds = [(args.seed, step, first + i) for i in range(len(examples))]
+        first += len(examples)
+        chosen = []
+        for i, seed in enumerate(seeds):
+            if np.random.default_rng((*seed, 1)).random() < args.on_policy:
+                chosen.append(i)
+        if not chosen:
+            continue
+        prompts = []
+        for i in chosen:
+            prompts.append(examples[i].tokens[:examples[i].prompt_length].tolist())
+        longest = max(len(example.tokens) - example.prompt_length for example in examples)
+        answers = student.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
+        for i, prompt, (ids, _) in zip(chosen, prompts, answers, strict=True):
+            examples[i] = data.Example(np.array(prompt + ids), len(prompt))
 
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
-             vocab_size: int, teacher: Transformer | None = None) -> Tensor:
-    """Adds one micro-batch's share of the gradient of sum(w * loss) / tokens, where `tokens` counts
-    the supervised tokens of the whole step. Returns its sums of (w * loss, loss, w, w^2), [4].
+             teacher: Transformer | None = None) -> Tensor:
+    """Add one micro-batch's share to the gradient of sum(w * loss) / tokens.
 
-    The head is V = 151 936 wide, so logits exist for CHUNK rows at a time: each chunk goes backward
-    at once, as far as the rows of `hidden`; these go down the network after the last chunk."""
-    weights = {name: p.to(getattr(torch, args.dtype)) for name, p in student.named_parameters()}
-    hidden = functional_call(student, weights, batch.tokens)  # fp32 weights compute in args.dtype
-    hidden = hidden.flatten(0, 1)[batch.rows]  # [N, D]; the prompt's rows stay out
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[:vocab_size]
-    p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.rows] if teacher else None
+    `tokens` counts the supervised tokens of the whole step. Returns the sums of w * loss,
+    loss, w and w^2: [4]. Logits are V = 151,936 wide, so CHUNK rows have them at a time. A
+    chunk goes backward to the hidden states; these go through the network at the end."""
+    dtype = getattr(torch, args.dtype)  # of the computation; the weights are fp32
+    weights = {name: weight.to(dtype) for name, weight in student.named_parameters()}
+    hidden = functional_call(student, weights, batch.tokens).flatten(0, 1)  # [B * T, D]
+    hidden = hidden[batch.positions]  # [N, D]
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    if teacher is not None:
+        p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
     rows = hidden.detach().requires_grad_()
     sums = torch.zeros(4, dtype=torch.double, device=rows.device)
     for start in range(0, len(rows), CHUNK):
-        part = slice(start, start + CHUNK)
-        p_logits = teacher.logits(p_hidden[part])[:, :vocab_size] if teacher else None
-        losses, w = loss.token_losses(
-            args.objective, F.linear(rows[part], head), batch.y[part], p_logits,
-            None if batch.p_logp is None else batch.p_logp[part], args.tau, args.beta)
+        chunk = slice(start, start + CHUNK)
+        p_logits = p_logp = None
+        if teacher is not None:
+            p_logits = teacher.logits(p_hidden[chunk])
+        elif batch.teacher_logp is not None:
+            p_logp = batch.teacher_logp[chunk]
+        q_logits = F.linear(rows[chunk], head)[:, :student.vocab_size]
+        losses, w = loss.token_losses(args.objective, q_logits, batch.labels[chunk],
+                                      p_logits, p_logp, args.tau, args.beta)
         total = (w * losses).sum()
         (total / tokens).backward()
+        w = w.double()  # in fp32, the square of a tiny weight is 0
         sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
-    if rows.grad is not None:  # something was supervised
-        hidden.backward(rows.grad)
+    hidden.backward(rows.grad)
     return sums
 
+# ---- Runs and checkpoints
+def peak_memory_gb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
-def written_by(student: Transformer, step: int, args: argparse.Namespace, vocab_size: int,
-               examples: list[data.Example], first: int) -> list[data.Example]:
-    """GKD's costly part (arXiv 2306.13649): a share of the traces, chosen at random, gives way to
-    what the student now answers at temperature 1, at most as long as the longest one here."""
-    if not args.on_policy:
-        return examples
-    seeds = [(args.seed, step, first + i) for i in range(len(examples))]
-    own = [i for i, seed in enumerate(seeds)
-           if np.random.default_rng((*seed, 1)).random() < args.on_policy]
-    prompts = [examples[i].tokens[:examples[i].prompt].tolist() for i in own]
-    longest = max(len(example.tokens) - example.prompt for example in examples)
-    drawn = student.sample(prompts, longest, 1.0, [seeds[i] for i in own],
-                           vocab_size=vocab_size) if own else []
-    for i, prompt, (ids, _) in zip(own, prompts, drawn, strict=True):
-        examples[i] = data.Example(examples[i].id, np.array(prompt + ids), len(prompt), None)
-    return examples
-
-
-def open_run(args: argparse.Namespace) -> dict:
-    """run.json of --out, if it is there and has these options; else only the options."""
-    out, file = Path(args.out), Path(args.out, "run.json")
-    options = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-    options["traces_sha256"] = data.sha256(args.traces)
+def load_run(args: argparse.Namespace) -> dict:
+    """run.json of --out if it has the same options; for a new folder, only the options."""
+    out = Path(args.out)
+    file = out / "run.json"
+    options = dict(vars(args))
+    del options["resume"], options["out"]
+    with open(args.traces, "rb") as traces:
+        options["traces_sha256"] = hashlib.file_digest(traces, "sha256").hexdigest()
     if not file.exists():
-        check(not out.exists() or (out.is_dir() and all(
-            one.suffix == ".tmp" for one in out.iterdir())),
-              f"{out}: not empty, but no run of train.py; choose another --out")
+        check(all(path.suffix == ".tmp" for path in out.glob("*")), f"{out}: not empty, "
+              "but no run of train.py; choose another --out")
         return {"options": options}
-    check(args.resume, f"{out}: holds a run already; add --resume to continue it, or choose "
-          "another --out")
+    check(args.resume, f"{out}: holds a run already; add --resume to continue it, or "
+          "choose another --out")
     run = read_json(file)
-    data.unchanged(file, run["options"], options)
+    data.check_same_settings(file, run.get("options", {}), options)
     return run
 
+def remove_checkpoints(out: Path, keep: Path | None = None) -> None:
+    """Also removes what a killed process was saving."""
+    for folder in [*out.glob("checkpoint*"), *out.glob(".saving-*")]:
+        if folder != keep:
+            shutil.rmtree(folder)
 
-def clear(out: Path, but: Path | None = None) -> None:
-    """Removes checkpoints, and what a killed process was just saving."""
-    for folder in {*out.glob("checkpoint*"), *out.glob(".saving-*")} - {but}:
-        shutil.rmtree(folder)
-
-
-def save_checkpoint(out: Path, step: int, student: Transformer, optimizer) -> None:
-    """All that a resumed run needs, with checksums. Written beside and renamed: whole or absent."""
+def save_checkpoint(out: Path, step: int, student: Transformer,
+                    optimizer: torch.optim.Optimizer) -> None:
+    """All that a resumed run needs, written beside and renamed: it is whole or absent."""
     final = out / f"checkpoint-{step:08}"
-    with data.writing(final) as folder:
+    with data.atomic_write(final) as folder:
         student.save_pretrained(folder)
-        save_file({f"{name} {key}": value for name, parameter in student.named_parameters()
-                   for key, value in optimizer.state[parameter].items()},
-                  folder / "optimizer.safetensors")  # a pickle from somebody else could run code
-        sums = {file.name: data.sha256(file) for file in folder.iterdir()}
-        sums["../run.json"] = data.sha256(out / "run.json")  # it belongs to this run
-        data.write_jsonl(folder / "sums.json", [sums])
-    if hasattr(os, "sync"):  # not on Windows
-        os.sync()  # on the disk, for a machine that goes, before the last one is removed
-    student.folder = final  # a later save takes the tokenizer from here: its source may be removed
-    clear(out, but=final)
+        state = {}
+        for name, parameter in student.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                state[f"{name} {key}"] = value
+        save_file(state, folder / "optimizer.safetensors")  # a pickle could run code
+    os.sync()  # the new checkpoint reaches the disk before the old one goes
+    student.folder = final  # a later save takes the tokenizer files from here
+    remove_checkpoints(out, keep=final)
 
-
-def last_checkpoint(out: Path) -> Path | None:
-    folder = max(out.glob("checkpoint-????????"), default=None)
-    for name, expected in read_json(folder / "sums.json").items() if folder else ():
-        file = (folder / name).resolve()
-        check(file.exists() and data.sha256(file) == expected, f"{file}: missing, damaged or of "
-              f"another run; delete {folder} to begin anew")
-    return folder
-
-
-def train(args: argparse.Namespace) -> dict:
-    """One run, in a folder that no other process writes. Returns its run.json."""
-    with data.alone(args.out):
-        return distil(args)
-
-
-def distil(args: argparse.Namespace) -> dict:
-    """The run, read from top to bottom."""
-    # ---- what the objective needs
-    out, (name, weighted) = Path(args.out), loss.split_name(args.objective)
-    check(name == "sft" or args.teacher, f"--objective {args.objective} needs the teacher's whole "
-          "distribution: give --teacher; sft and discord do without a teacher in memory")
-    check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from the "
-          "teacher's tokens; kl, rkl, todi and gkd (and --teacher) can judge the student's own")
+def check_objective(args: argparse.Namespace) -> None:
+    name, _ = loss.split_name(args.objective)
+    check(name == "sft" or args.teacher, f"--objective {args.objective} needs the whole "
+          "distribution of the teacher: give --teacher. sft and discord need none")
     check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
-    check(not args.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ "
-          "compiler: install g++, or name another in the environment variable CXX")
-    run = open_run(args)
+    check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from "
+          "the teacher's tokens; kl, rkl, todi and gkd can judge the student's own")
+
+def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
+                 args: argparse.Namespace) -> None:
+    size = args.batch_size * args.grad_accum
+    tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
+    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; torch {run['torch']}")
+    print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
+          f"{run['dropped'] or 'none'}")
+    print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
+          f"{args.steps} steps are {args.steps * size / len(examples):.1f} epochs")
+    print("  options ", *[f"{key}={value}" for key, value in run["options"].items()])
+    print("  sample  ", run["sample"])
+
+# ---- Training
+def train(args: argparse.Namespace) -> dict:
+    """One run, read from top to bottom. Returns its run.json."""
+    # A finished run is not done again.
+    check_objective(args)
+    out, run = Path(args.out), load_run(args)
     if "seconds" in run:
-        clear(out)
+        remove_checkpoints(out)
         print(f"{out}: this run is finished")
         return run
 
-    # ---- models, traces
-    checkpoint, teacher = last_checkpoint(out), None
-    student, tokenizer = data.load(checkpoint or args.student, device=args.device)
+    # The student continues from the last checkpoint, if there is one.
+    last_checkpoint = max(out.glob("checkpoint-????????"), default=None)
+    student, tokenizer = data.load(last_checkpoint or args.student, device=args.device)
     if args.recompute:
-        student.run = recomputed
-    for block in student.model.layers if args.compile else ():
-        block.compile()  # one graph for all of them
+        student.block_forward = recompute_block
+    if args.compile:
+        for block in student.model.layers:
+            block.compile()
+    teacher = None
     if args.teacher:
-        teacher, other = data.load(args.teacher, args.dtype, args.device)
+        teacher, teacher_tokenizer = data.load(args.teacher, args.dtype, args.device)
         teacher.requires_grad_(False)
-        check(other.vocab == tokenizer.vocab, f"vocabulary mismatch: {args.teacher} and "
-              f"{args.student} have different tokenizers, so p and q are not of the same tokens")
+        check(teacher_tokenizer.vocab == tokenizer.vocab, f"vocabulary mismatch: "
+              f"{args.teacher} and {args.student} have different tokenizers")
+
+    # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
+    weighted = args.objective in loss.WEIGHTED
     examples, dropped = data.load_traces(args.traces, tokenizer, args.max_length,
                                          teacher=weighted and teacher is None)
-    size = args.batch_size * args.grad_accum  # traces in a step
-    args.steps = args.steps or math.ceil(args.epochs * len(examples) / size)
+    traces_per_step = args.batch_size * args.grad_accum
+    args.steps = args.steps or math.ceil(args.epochs * len(examples) / traces_per_step)
     if "steps" not in run:
-        run |= {
-            "commit": evaluate.commit(), "torch": torch.__version__,
-            "python": sys.version.split()[0], "traces": len(examples), "dropped": dropped,
-            "steps": args.steps, "sample": data.show(examples[0], tokenizer, color=False),
-            "stored_as": student.config.raw.get("dtype") or student.config.raw.get("torch_dtype")}
+        run["torch"] = torch.__version__
+        run["steps"] = args.steps
+        run["traces"] = len(examples)
+        run["dropped"] = dict(dropped)
+        run["sample"] = data.show_example(examples[0], tokenizer)
         data.write_jsonl(out / "run.json", [run])
 
-    # ---- optimizer
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
-    first, log = 0, out / "log.jsonl"
-    if checkpoint:
-        first = int(checkpoint.name.removeprefix("checkpoint-"))
-        saved = load_file(checkpoint / "optimizer.safetensors", device=args.device)
+    # AdamW on fp32 weights, without weight decay, in the state of the checkpoint.
+    optimizer = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.95),
+                                  weight_decay=0.0, fused=True)
+    first = 0
+    if last_checkpoint:
+        first = int(last_checkpoint.name.removeprefix("checkpoint-"))
+        saved = load_file(last_checkpoint / "optimizer.safetensors", device=args.device)
         for name, parameter in student.named_parameters():
-            optimizer.state[parameter] = {key: saved[f"{name} {key}"]
-                                          for key in ("step", "exp_avg", "exp_avg_sq")}
-    if log.exists():  # lines behind the checkpoint will come again
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[parameter][key] = saved[f"{name} {key}"]
+
+    # Log lines behind the checkpoint will come again.
+    log = out / "log.jsonl"
+    if log.exists():
         data.cut_half_line(log)
-        data.write_jsonl(log, [row for _, row in data.read_jsonl(log) if row["step"] <= first])
+        lines = [line for _, line in data.read_jsonl(log) if line["step"] <= first]
+        data.write_jsonl(log, lines)
+    print_header(out, run, examples, first, args)
 
-    # ---- header
-    tokens = sum(len(example.tokens) - example.prompt for example in examples)
-    left_out = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
-    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; commit {run['commit']}, "
-          f"torch {run['torch']}, python {run['python']}, {torch.get_num_threads()} threads\n"
-          f"  student  {args.student}: {sum(p.numel() for p in student.parameters()):,} weights\n"
-          f"  traces   {args.traces}: {len(examples):,}, {tokens:,} supervised tokens; left out: "
-          f"{left_out}\n"
-          f"  a step   {args.batch_size} x {args.grad_accum} traces, about "
-          f"{tokens / len(examples) * size:,.0f} supervised tokens; {args.steps} steps are "
-          f"{args.steps * size / len(examples):.1f} passes over the traces\n"
-          "  options  " + " ".join(f"{k}={v}" for k, v in run["options"].items() if v is not None),
-          f"\n  sample   {data.show(examples[0], tokenizer, sys.stdout.isatty())}")
-
-    # ---- loop
-    begin, last, writing = time.perf_counter(), time.perf_counter(), 0.0  # seconds
-    pending: list[tuple[Tensor, list[str]]] = []  # of the steps since the last log line
-    progress = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)
+    # The loop: one optimizer step a round.
+    begin = last_line = time.perf_counter()
+    pending = []  # the sums of the steps since the last log line
+    progress = tqdm(range(first, args.steps), "training", disable=None)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        waited = time.perf_counter()
-        batches = data.step_batches(
-            examples, step, args.batch_size, args.grad_accum, args.seed,
-            partial(written_by, student, step, args, tokenizer.vocab_size), args.batch_tokens)
-        writing += time.perf_counter() - waited
-        tokens = sum(len(batch.y) for batch in batches)
-        sums = torch.stack([backward(student, batch.to(args.device), args, tokens,
-                                     tokenizer.vocab_size, teacher) for batch in batches]).sum(0)
+        micro_batches = data.step_examples(examples, step, args.batch_size, args.grad_accum,
+                                           args.seed)
+        if args.on_policy:
+            resample_on_policy(student, micro_batches, step, args)
+        batches = [data.collate(traces, args.device) for traces in micro_batches]
+        tokens = sum(len(batch.labels) for batch in batches)
+        sums = torch.stack([backward(student, batch, args, tokens, teacher)
+                            for batch in batches]).sum(0)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        pending.append((torch.cat([sums, sums.new_tensor([tokens]), norm[None]]),
-                        [name for batch in batches for name in batch.ids]))
+        pending.append(torch.cat([sums, sums.new_tensor([tokens]), norm[None]]))
 
-        # ---- log, check, save
+        # Most steps end here. A log line waits for the device once per interval.
         done = step + 1
-        save = done < args.steps and (STOP or done % args.save_every == 0)
+        save = done < args.steps and done % args.save_every == 0
         if done % args.log_every and not save and done < args.steps:
             continue
-        rows = torch.stack([row for row, _ in pending]).tolist()  # the interval's only wait
-        for i, (row, (_, ids)) in enumerate(zip(rows, pending, strict=True), done - len(rows)):
-            if not all(map(math.isfinite, row)):
-                raise BadInput(f"{out}: loss or gradient is not finite at step {i + 1}, traces "
-                               f"{', '.join(ids)}; the last good checkpoint: "
-                               f"{last_checkpoint(out) or 'none yet'}. Begin anew with a lower "
-                               "--lr, or without these traces")
-        total, plain, w, w2, tokens, norms = map(sum, zip(*rows, strict=True))
-        line = {"step": done, "loss": total / tokens, "unweighted": plain / tokens,
-                "weight": w / tokens, "ess": w * w / (w2 * tokens), "norm": norms / len(rows),
-                "lr": optimizer.param_groups[0]["lr"], "gb": evaluate.peak_memory_gb(args.device),
-                "tok/s": round(tokens / (time.perf_counter() - last))}
-        if args.on_policy:  # its cost: the share of the time
-            line["sampling"] = writing / (time.perf_counter() - last)
-        pending, last, writing = [], time.perf_counter(), 0.0
-        with data.writable(log), open(log, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        progress.write(" ".join(f"{k} {v:<8.5g}" for k, v in line.items()).rstrip(), sys.stdout)
+        rows = torch.stack(pending).cpu()
+        check(rows.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
+              f"{done - len(rows) + 1} to {done}; begin anew with a lower --lr")
+        total, unweighted, w, w_squared, tokens, norms = rows.sum(0).tolist()
+        seconds = time.perf_counter() - last_line
+        line = {
+            "step": done,
+            "loss": total / tokens,
+            "unweighted": unweighted / tokens,
+            "weight": w / tokens,
+            "ess": w * w / (w_squared * tokens),
+            "norm": norms / len(rows),
+            "lr": optimizer.param_groups[0]["lr"],
+            "gb": peak_memory_gb(args.device),
+            "tok/s": round(tokens / seconds),
+        }
+        pending, last_line = [], time.perf_counter()
+        data.write_lines(log, [line], "a")
+        columns = [f"{key} {value:<8.5g}" for key, value in line.items()]
+        progress.write(" ".join(columns).rstrip(), sys.stdout)
         if save:
             save_checkpoint(out, done, student, optimizer)
-        if save and STOP:
-            raise KeyboardInterrupt(f"{signal.Signals(STOP[0]).name}: step {done} is saved in "
-                                    f"{out}; the same command with --resume goes on")
 
-    # ---- the result, in the dtype that the student came in
-    with data.writable(out):
-        student.to(getattr(torch, str(run["stored_as"]), torch.float32)).save_pretrained(out)
+    # The result, in fp32.
+    student.save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
-    clear(out)
+    remove_checkpoints(out)
     return run
 
-
+# ---- The toy world, with the commands of real models
 def toy(args: argparse.Namespace) -> None:
-    """Builds the toy world in --out with the commands of real models; what is there is reused."""
-    root, home, plain = Path(args.out), Path(args.out, f"seed{args.seed}"), vars(parse_args([]))
+    """Build the toy world in --out. What is there is used again."""
+    root = Path(args.out)
+    home = root / f"seed{args.seed}"
+    defaults = vars(parse_args([]))
     data.build_toy(root, args.seed)
 
-    def fit(student: Path, traces: Path, out: Path, options: dict) -> None:
-        train(argparse.Namespace(**plain | {"device": args.device} | options | {
-            "student": str(student), "traces": str(traces), "out": str(out), "resume": True}))
+    def run_train(student: Path, traces: Path, out: Path, options: dict) -> None:
+        paths = {"student": str(student), "traces": str(traces), "out": str(out)}
+        settings = {**defaults, "device": args.device, **options, **paths, "resume": True}
+        train(argparse.Namespace(**settings))
 
-    def answer(model: Path, benchmark: Path, **options) -> None:
-        options |= {"model": model, "benchmark": benchmark, "device": args.device}
-        evaluate.main(["accuracy", "--resume", "--batch-size=500", *(
-            f"--{key.replace('_', '-')}={value}" for key, value in options.items())])
+    def run_accuracy(model: Path, benchmark: Path, *options: object) -> None:
+        command = ["accuracy", "--resume", "--batch-size", 500, "--device", args.device,
+                   "--model", model, "--benchmark", benchmark, *options]
+        evaluate.main(list(map(str, command)))
 
-    # a teacher of two layers that skips steps; a student of one layer, which never saw it done
-    fit(root / "blank-teacher", root / "lessons.jsonl", root / "teacher",
-        {"objective": "sft", "steps": 2000, "lr": 5e-3})
-    fit(home / "blank-student", home / "lessons.jsonl", home / "student",
-        {"objective": "sft", "steps": 300, "lr": 5e-3})
-    # the teacher answers the training problems: its right answers are the traces
-    answer(root / "teacher", home / "problems.jsonl", temperature=1, max_new_tokens=12,
-           seed=args.seed, out=home / "traces.jsonl")
-    # the student learns from them, by plain imitation and by the chosen objective
+    # The teacher has two layers and skips steps. The student has one, and never saw a skip.
+    run_train(root / "blank-teacher", root / "lessons.jsonl", root / "teacher",
+              {"objective": "sft", "steps": 2000, "lr": 5e-3})
+    run_train(home / "blank-student", home / "lessons.jsonl", home / "student",
+              {"objective": "sft", "steps": 300, "lr": 5e-3})
+    # The teacher answers the training problems: its right answers are the traces.
+    run_accuracy(root / "teacher", home / "problems.jsonl", "--out", home / "traces.jsonl",
+                 "--temperature", 1, "--max-new-tokens", 12, "--seed", args.seed)
+    # The student learns from them, by plain SFT and by the chosen objective.
     runs = [root / "teacher", home / "student"]
-    for name in dict.fromkeys(("sft", args.objective)):
-        whole = loss.split_name(name)[0] != "sft"  # the teacher's distribution is needed
-        options = vars(args) | {"objective": name,
-                                "teacher": str(root / "teacher") if whole else None}
-        if name == "sft":
-            options |= {key: plain[key] for key in ("tau", "beta", "on_policy")}
-        changed = [f"{key}={value}" for key, value in options.items() if value != plain[key]
-                   and key not in ("objective", "teacher", "out", "resume", "seed", "device")]
-        runs.append(home / "-".join([name, *changed]))
-        options["lr"] = args.lr or TOY_LR.get(name, TOY_LR["discord"])
-        fit(home / "student", home / "traces.jsonl", runs[-1], options)
-    for run, temperature in itertools.product(runs, (0, 1)):  # all answer unseen problems
-        answer(run, root / "held-out.jsonl", temperature=temperature, max_new_tokens=64)
+    for objective in dict.fromkeys(["sft", args.objective]):
+        options = {**vars(args), "objective": objective, "teacher": None}
+        if objective == "sft":
+            options |= {key: defaults[key] for key in ("tau", "beta", "on_policy")}
+        names = [objective]  # of the folder: the objective, then what is not the default
+        for key in ("tau", "beta", "on_policy", "steps", "lr", "batch_size", "grad_accum"):
+            if options[key] != defaults[key]:
+                names.append(f"{key}={options[key]}")
+        if loss.split_name(objective)[0] != "sft":
+            options["teacher"] = str(root / "teacher")
+        options["lr"] = args.lr or TOY_LR.get(objective, TOY_LR["discord"])
+        runs.append(home / "-".join(names))
+        run_train(home / "student", home / "traces.jsonl", runs[-1], options)
+    # All answer problems that nobody has seen.
+    for run in runs:
+        for temperature in (0, 1):
+            run_accuracy(run, root / "held-out.jsonl", "--temperature", temperature,
+                         "--max-new-tokens", 64)
     evaluate.main(["report", *map(str, runs)])
-
 
 if __name__ == "__main__":
     options = parse_args()
-    data.one_line_errors(train if options.student else toy, options, on_signal=stop)
+    data.run_command(lambda: train(options) if options.student else toy(options))

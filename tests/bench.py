@@ -35,7 +35,7 @@ LENGTHS = [
     (104, 108), (107, 87), (150, 219), (85, 93), (123, 107), (138, 183), (96, 112), (92, 193),
     (177, 249), (86, 118), (117, 90), (95, 226), (88, 164), (118, 128), (96, 94), (95, 93),
     (81, 95), (125, 134), (104, 123), (99, 127), (137, 196), (105, 81), (119, 108), (75, 97)]
-V = 151665  # of the tokenizer; the head has 151 936 rows
+V = 151665  # of the tokenizer; the head has 151,936 rows
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, tied
     "cpu": (256, 1376, 6, 4, 2, True), "0.5b": (896, 4864, 24, 14, 2, True),
     "1.5b": (1536, 8960, 28, 12, 2, True)}
@@ -64,7 +64,9 @@ class Bench:
 
     # ---- both sides
     def ours(self) -> Transformer:
-        return Transformer.from_pretrained(self.folder, torch.float32, self.args.device)
+        model = Transformer.from_pretrained(self.folder, torch.float32, self.args.device)
+        model.vocab_size = V
+        return model
 
     def theirs(self):
         return AutoModelForCausalLM.from_pretrained(
@@ -73,17 +75,17 @@ class Bench:
     def examples(self, ragged: bool) -> list[data.Example]:
         rng, count = np.random.default_rng(0), self.args.batch
         lengths = LENGTHS[:count] if ragged else [(1, self.args.length - 1)] * count
-        return [data.Example(str(i), rng.integers(0, V, a + b).astype(np.int32), a,
-                             np.full(b, -3, dtype=np.float32)) for i, (a, b) in enumerate(lengths)]
+        return [data.Example(rng.integers(0, V, a + b).astype(np.int32), a,
+                             np.full(b, -3, dtype=np.float32)) for a, b in lengths]
 
     def our_step(self, model, examples, objective="sft", teacher=None):
         options, optimizer = copy.copy(self.options), torch.optim.AdamW(
             model.parameters(), 1e-5, (0.9, 0.95), weight_decay=0.0, fused=True)
         options.objective = objective
-        batch = data.collate(examples).to(self.args.device)
+        batch = data.collate(examples, self.args.device)
 
         def step() -> None:
-            train.backward(model, batch, options, len(batch.y), V, teacher)
+            train.backward(model, batch, options, len(batch.labels), teacher)
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -100,7 +102,7 @@ class Bench:
         for b, example in enumerate(examples):
             ids = torch.from_numpy(example.tokens.astype(np.int64))
             tokens[b, :len(ids)], mask[b, :len(ids)] = ids, 1
-            labels[b, example.prompt:len(ids)] = ids[example.prompt:]
+            labels[b, example.prompt_length:len(ids)] = ids[example.prompt_length:]
         tokens, labels, mask = (x.to(self.args.device) for x in (tokens, labels, mask))
 
         def step() -> None:
@@ -155,7 +157,7 @@ class Bench:
         head_size = hidden // heads
         body = layers * (2 * hidden * hidden + 2 * hidden * groups * head_size + 3 * hidden * inner)
         tokens = sum(len(example.tokens) - 1 for example in examples)
-        rows = sum(len(example.tokens) - example.prompt for example in examples)
+        rows = sum(len(example.tokens) - example.prompt_length for example in examples)
         attention = layers * sum(2 * len(e.tokens) ** 2 / 2 * hidden for e in examples)
         return 6 * (body * tokens + V * hidden * rows) + 6 * attention
 
@@ -180,7 +182,7 @@ def trl_step(bench: Bench, examples: list[data.Example]):
     import trl
     from tokenizers import Tokenizer, models
     rows = [{"input_ids": e.tokens.tolist(), "completion_mask":
-             [0] * e.prompt + [1] * (len(e.tokens) - e.prompt)} for e in examples]
+             [0] * e.prompt_length + [1] * (len(e.tokens) - e.prompt_length)} for e in examples]
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>")),
         eos_token="<eos>", pad_token="<eos>", unk_token="<eos>")
@@ -203,7 +205,7 @@ def objectives(bench: Bench) -> None:
               bench.our_step(ours, examples, "discord"),
               {"SFT": bench.our_step(ours, examples)})
     again, compiled = bench.ours(), bench.ours()
-    again.run = train.recomputed
+    again.block_forward = train.recompute_block
     for block in compiled.model.layers:
         block.compile()
     for option, model in (("--recompute", again), ("--compile", compiled)):
@@ -277,7 +279,7 @@ def child(bench: Bench, what: str) -> None:
     for parameter in model.parameters():
         parameter.sum()  # what is mapped has to be read
     if side == "ours" and work == "recompute":
-        model.run = train.recomputed
+        model.block_forward = train.recompute_block
     if work != "load":
         examples = bench.examples(False)
         step = (bench.our_step(model, examples, "discord" if work == "discord" else "sft")
@@ -302,12 +304,14 @@ def growth(bench: Bench) -> None:
             reading = time.perf_counter() - begin
             begin = time.perf_counter()
             for step in range(50):
-                data.step_batches(examples, step, 64, 1, 0)
+                for micro_batch in data.step_examples(examples, step, 64, 1, 0):
+                    data.collate(micro_batch)
             batches = time.perf_counter() - begin
             begin = time.perf_counter()
-            found = data.response_logp(model, examples, tokenizer.vocab_size, 64)
+            found = data.response_logp(model, examples, 64)
             scoring = time.perf_counter() - begin
-            stored = [json.dumps(data.short(values), separators=(",", ":")) for values in found]
+            stored = [json.dumps(data.round_logp(values), separators=(",", ":"))
+                      for values in found]
             held = []
             for _ in range(2):  # tables of Python itself grow now and then
                 tracemalloc.start()
@@ -317,8 +321,8 @@ def growth(bench: Bench) -> None:
                 tracemalloc.stop()
             problems = [{"id": i, **json.loads(line)} for i, line in enumerate(lines[:count // 4])]
             begin = time.perf_counter()
-            answers = list(evaluate.answers(model, tokenizer, problems, max_new_tokens=12,
-                                            batch_size=250))
+            answers = list(evaluate.generate_answers(model, tokenizer, problems,
+                                                     max_new_tokens=12, batch_size=250))
             sampling = time.perf_counter() - begin
             print(f"| {count} toy traces: reading, a batch of 64, scoring, sampling | "
                   f"{reading / count * 1e6:.0f} us a trace, {batches / 50 * 1e3:.2f} ms, "
@@ -331,7 +335,7 @@ def growth(bench: Bench) -> None:
 def profiles(bench: Bench) -> None:
     """Where the time goes: the operations that take most of it, in a step and in generation."""
     ours, examples = bench.ours(), bench.examples(True)
-    prompts = [example.tokens[:example.prompt].tolist() for example in examples]
+    prompts = [example.tokens[:example.prompt_length].tolist() for example in examples]
     ours.eos_token_ids = []
     for name, work in (("training step, ragged", bench.our_step(ours, examples)),
                        ("generate, batch 1", lambda: ours.generate(prompts[:1], 32)),
@@ -375,7 +379,7 @@ def main() -> None:
     peak, bandwidth = bench.peaks()
     name = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
-    print(f"{name}; {args.dtype}; shape {args.shape} {SHAPES[args.shape]}, V = 151 936; torch "
+    print(f"{name}; {args.dtype}; shape {args.shape} {SHAPES[args.shape]}, V = 151,936; torch "
           f"{torch.__version__}, transformers {transformers.__version__}; measured peak "
           f"{peak / 1e9:.0f} Gflop/s, {bandwidth / 1e9:.1f} GB/s; {args.rounds} rounds in turn\n\n"
           "| work | ours | seconds of the other / ours: median (spread) | share of the limit |\n"

@@ -14,7 +14,6 @@ import atexit
 import json
 import random
 import shutil
-import signal
 import socket
 from pathlib import Path
 
@@ -109,16 +108,6 @@ def weights(folder):
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-@pytest.fixture
-def signals():
-    """Handlers are put back, and train.py forgets what has come."""
-    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in old.items():
-        signal.signal(name, handler)
-    train.STOP.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

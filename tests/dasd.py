@@ -46,16 +46,17 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
     # 1. low temperature, then high
     learn("low", "{home}/student", 400, "low")
     learn("high", "{out}/low", 400, "high")
-    # 2. of the high ones those with most steps that the student would not have written
+    # 2. of the traces at T=1 those with most steps that the student would not have written
     run(data.main, "select --traces {out}/high.jsonl --student {home}/student --keep 0.25 "
-                   "--between \\s --batch-size 500 --out {out}/selected.jsonl")
+                   "--separator \\s --out {out}/selected.jsonl")
     learn("selected", "{out}/low", 400, "selected")
-    # 3. the student's own beginnings, the teacher's ends
+    # 3. the student begins, the teacher completes
     learn("selected-300", "{out}/low", 300, "selected")
     run(evaluate.main, "accuracy --model {out}/selected-300 --benchmark {home}/problems.jsonl "
                        "--temperature 1 --seed {seed} --out {out}/answers.jsonl " + ANSWER)
     run(data.main, "mix --answers {out}/answers.jsonl --traces {out}/low.jsonl --student "
-                   "{out}/selected-300 --all --seed {seed} --out {out}/mixed-problems.jsonl")
+                   "{out}/selected-300 --continue-all --seed {seed} "
+                   "--out {out}/mixed-problems.jsonl")
     run(evaluate.main, teacher + " --benchmark {out}/mixed-problems.jsonl --temperature 0.6 --out "
                                  "{out}/mixed.jsonl")
     learn("mixed", "{out}/selected-300", 100, "mixed")
@@ -70,7 +71,7 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
             run(evaluate.main, f"accuracy --model {{out}}/{name} --temperature {temperature} --out "
                                f"{file} --benchmark {{root}}/held-out.jsonl {ANSWER}")
             records = evaluate.read_answers(file.format(out=out))
-            scores.append(evaluate.summarise(records)["accuracy"])
+            scores.append(evaluate.summarize(records)["accuracy"])
         found[name] = tuple(scores)
     return found
 

@@ -1,7 +1,7 @@
 """Kills commands with SIGKILL at random moments and resumes them: python tests/faults.py [KILLS]
 
 What comes out must be what an uninterrupted run leaves, byte for byte (weights on a CPU in fp32,
-answers, scores). Needs what `python train.py` leaves in runs/toy. Not a test: six seconds a kill.
+answers). Needs what `python train.py` leaves in runs/toy. Not a test: six seconds a kill.
 """
 
 import random
@@ -18,8 +18,6 @@ COMMANDS: dict[str, list] = {  # what is killed, and the file that is compared
     "answers.jsonl": ["evaluate.py", "accuracy", "--model", TOY / "seed0/student", "--benchmark",
                       TOY / "held-out.jsonl", "--samples", 4, "--temperature", 1, "--seed", 1,
                       "--max-new-tokens", 12, "--batch-size", 20, "--device", "cpu"],
-    "scores.jsonl": ["data.py", "score", "--teacher", TOY / "teacher", "--traces",
-                     TOY / "lessons.jsonl", "--batch-size", 16, "--device", "cpu"],
     "model.safetensors": ["train.py", "--student", TOY / "seed0/student", "--traces",
                           TOY / "seed0/traces.jsonl", "--steps", 400, "--batch-size", 16, "--lr",
                           1e-3, "--save-every", 2, "--log-every", 5, "--device", "cpu"]}
@@ -34,7 +32,7 @@ def start(name: str, folder: Path) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, seconds: float | None = None,
            folder: Path | None = None) -> bool:
-    """Waits, or kills after so many seconds; given a folder, while a file is being written there.
+    """Wait, or kill after so many seconds; given a folder, while a file is being written there.
     True if it ended by itself, and well."""
     try:
         _, said = process.communicate(timeout=seconds)

@@ -10,11 +10,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos`: {"models/org/name" or "datasets/org/name": {file: bytes}}. `rows`: {(data set,
-    config, split): [row]}. `faults`: {part of a request's address: what goes wrong, one after the
-    other}: a status, "broken" (half the body, then the connection ends) or "truncated" (half the
-    body, as if it were all). `seen` holds the addresses of all GET requests, `tokens` what they
-    brought along to log in."""
+    """`repos`: {"models/org/name": {file: bytes}}. `rows`: {(data set, config, split): [row]}.
+    `faults`: {part of a request's address: what goes wrong, one after the other}: a status,
+    "broken" (half the body, then the connection ends) or "truncated" (half the body, as if it were
+    all). `seen` holds the addresses of all GET requests, `tokens` their Authorization headers."""
 
     daemon_threads = True
 
@@ -22,7 +21,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.rows, self.faults, self.seen = {}, {}, {}, []
         self.tokens = set()
-        self.page, self.truncated = 100, []  # rows a page at most; cells of the last row cut off
+        self.page, self.truncated = 100, []  # rows a page at most; cells cut off in its last row
+        self.total = None  # rows that a data set claims to have; None: those it has
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -66,14 +66,15 @@ class Handler(BaseHTTPRequestHandler):
             if rows is None:
                 return self.reply(b'{"error": "no such split"}', 404)
             start, length = int(query["offset"]), int(query["length"])
-            page = {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
-                {"row_idx": start + i, "row": row, "truncated_cells": []}
-                for i, row in enumerate(rows[start:start + min(length, hub.page)])]}
-            page["rows"][-1]["truncated_cells"] = hub.truncated
+            found = [{"row_idx": start + i, "row": row, "truncated_cells": []}
+                     for i, row in enumerate(rows[start:start + min(length, hub.page)])]
+            for last in found[-1:]:
+                last["truncated_cells"] = hub.truncated
+            page = {"features": [], "rows": found, "num_rows_total": hub.total or len(rows),
+                    "partial": False}
             return self.reply(json.dumps(page).encode(), fault=fault)
-        kind = "datasets" if "datasets/" in path[:13] else "models"
-        parts = path.removeprefix("api/").removeprefix(f"{kind}/").split("/")
-        files = hub.repos.get("/".join([kind, *parts[:2]]))
+        parts = path.removeprefix("api/").removeprefix("models/").split("/")
+        files = hub.repos.get("/".join(["models", *parts[:2]]))
         if files is None:
             return self.reply(b'{"error": "Repository not found"}', 404,
                               X_Error_Code="RepoNotFound", X_Repo_Commit=COMMIT)

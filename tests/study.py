@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -43,7 +45,7 @@ class World:
 
     steps: int = 6  # operations of a problem
     spelling: str = "joint"  # of a value: "b=6"; choice-first: "b 6"; value-first: "6 b"
-    skip: float = 0.6  # how readily the teacher leaves a value out
+    skip: float = 0.6  # how readily the teacher skips a value
     times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
     lessons: int = 300  # training steps of the student before it meets the teacher
     marked: float = 1.0  # share of the student's lessons that end in "#### answer"
@@ -64,7 +66,7 @@ class World:
 
     def records(self, file: Path, count: int, times: float = 1 / 3, skip: float = 0.0,
                 marked: float = 1.0) -> None:
-        """Writes problems with their traces by the rule, in this world's spelling."""
+        """Write problems with their traces by the rule, in this world's spelling."""
         if file.exists():
             return
         rng, found = random.Random(str(file.relative_to(ROOT))), []
@@ -136,8 +138,8 @@ def accuracies(world: World, model: Path, problems: str = "held-out") -> dict[st
                        f"{problems}.jsonl --temperature {temperature} --max-new-tokens "
                        f"{world.longest} --out {out}".split(), *ANSWER.split()])
         records = evaluate.read_answers(out)
-        found |= {name: evaluate.summarise(records)["accuracy"],
-                  "length": evaluate.summarise(records)["mean_tokens"],
+        found |= {name: evaluate.summarize(records)["accuracy"],
+                  "length": evaluate.summarize(records)["mean_tokens"],
                   "marker": np.mean(["####" in record["response"] for record in records])}
     return {key: round(float(value), 4) for key, value in found.items()}
 
@@ -148,7 +150,7 @@ def accuracies(world: World, model: Path, problems: str = "held-out") -> dict[st
 @dataclass(frozen=True)
 class Run:
     """A student's training in one or several stages, each (options of train.py, changes below).
-    A stage goes on from the one before; with a probe, from the student again."""
+    A stage continues from the one before; with a probe, from the student again."""
 
     world: World
     seed: int
@@ -194,7 +196,7 @@ class Run:
 
 def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | None = None,
             ) -> None:
-    """Puts another weight (none of these is in the paper) in the place of loss.discord_weight, for
+    """Put another weight (none of these is in the paper) in the place of loss.discord_weight, for
     this process: look-ahead r_t <- sum over k >= t of gamma^(k-t) r_k within the response; a least
     weight; the larger of the student's and a probe's log q(y) as the support."""
     loss.discord_weight, train.backward = WEIGHT, BACKWARD
@@ -204,8 +206,15 @@ def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | 
     if probe is not None:
         model, tokenizer = data.load(probe)
         examples, _ = data.load_traces(traces, tokenizer, 64)
-        known = dict(zip(examples.ids, map(torch.from_numpy, data.response_logp(
-            model, examples, tokenizer.vocab_size, 500)), strict=True))
+        keys = [example.tokens[:-1].astype(np.int64).tobytes() for example in examples]
+        known = dict(zip(keys, map(torch.from_numpy, data.response_logp(model, examples, 500)),
+                         strict=True))
+
+    def traces_of(batch):
+        """The bytes of each trace's tokens but the last, which a batch does not have."""
+        rows, columns = np.divmod(batch.positions.numpy(), batch.tokens.shape[1])
+        ends = dict(zip(rows.tolist(), (columns + 1).tolist(), strict=True))  # the last one counts
+        return [batch.tokens[row, :end].numpy().tobytes() for row, end in ends.items()]
 
     def backward(student, batch, *more):
         now[:] = [batch]
@@ -214,10 +223,10 @@ def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | 
     def weight(q_logp, p_logp, tau):
         support = q_logp.detach()
         if known:
-            support = support.maximum(torch.cat([known[name] for name in now[0].ids]))
-        r, rows = (support - p_logp).tolist(), now[0].rows.tolist()
+            support = support.maximum(torch.cat([known[key] for key in traces_of(now[0])]))
+        r, positions = (support - p_logp).tolist(), now[0].positions.tolist()
         for t in range(len(r) - 2, -1, -1):
-            if rows[t + 1] == rows[t] + 1:  # of one response
+            if positions[t + 1] == positions[t] + 1:  # of one response
                 r[t] += gamma * r[t + 1]
         r = torch.tensor(r)
         return WEIGHT(r, torch.zeros_like(r), tau).clamp(min=floor)
@@ -492,7 +501,7 @@ def curve(axis, x: list, points: list[tuple], **how) -> None:
 
 
 def dots(axis, points: dict[tuple, tuple], names: Callable = short, first: int = 0) -> None:
-    """{(world, label): (mean, half interval)}: labels down, a colour and a sign for each world."""
+    """{(world, label): (mean, half interval)}: labels down, a color and a sign for each world."""
     labels = list(dict.fromkeys(label for _, label in points))
     for i, world in enumerate(dict.fromkeys(world for world, _ in points), first):
         middle, half = zip(*(points[world, label] for label in labels), strict=True)
@@ -589,7 +598,10 @@ PANELS = {"Learning rate (two seeds)": rates_panel, "Temperature": tau_panel,
 
 def figures() -> None:
     """tests/figures/result.png from main, tests/figures/study.png from the other parts."""
-    plot = evaluate.pyplot()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
     plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
                           "axes.spines.top": False, "axes.spines.right": False})
     FIGURES.mkdir(exist_ok=True)
@@ -626,8 +638,15 @@ PARTS = {"main": main_table, "rates": rates_table, "tau": tau_table, "probe": pr
          "figures": figures}
 
 
+def commit() -> str:
+    """Which code this is, for reports."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
+    return (git and git.stdout.strip()) or "unknown"
+
+
 if __name__ == "__main__":
-    print(f"commit {evaluate.commit()}, torch {torch.__version__}")
+    print(f"commit {commit()}, torch {torch.__version__}")
     for part in sys.argv[1:] or PARTS:
         print(f"\n## {part}\n", flush=True)
         PARTS[part]()

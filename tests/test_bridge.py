@@ -24,8 +24,10 @@ from model import Transformer
 def collate(examples: list[data.Example]) -> dict[str, Tensor]:
     rows = [{"input_ids": torch.tensor(e.tokens).long(),
              "attention_mask": torch.ones(len(e.tokens), dtype=torch.long),
-             "labels": F.pad(torch.tensor(e.tokens[e.prompt:]).long(), (e.prompt, 0), value=-100),
-             "teacher_logprobs": F.pad(torch.tensor(e.p_logp), (e.prompt, 0))} for e in examples]
+             "labels": F.pad(torch.tensor(e.tokens[e.prompt_length:]).long(), (e.prompt_length, 0),
+                             value=-100),
+             "teacher_logprobs": F.pad(torch.tensor(e.teacher_logp), (e.prompt_length, 0))}
+            for e in examples]
     return {key: pad_sequence([row[key] for row in rows], batch_first=True,
                               padding_value=-100 if key == "labels" else 0) for key in rows[0]}
 
@@ -64,8 +66,8 @@ def world(traces, tmp_path_factory) -> tuple[Path, list[data.Example]]:
         {**record, "prompt": " ".join(record["prompt"].split()[:1 + 3 * i % 7])}
         for i, (_, record) in enumerate(data.read_jsonl(traces))])
     examples, _ = data.load_traces(folder / "traces.jsonl", data.Tokenizer(folder), 64, True)
-    assert sorted(example.prompt for example in examples[:4]) == [3, 5, 6, 9]
-    return folder, list(examples)
+    assert sorted(example.prompt_length for example in examples[:4]) == [3, 5, 6, 9]
+    return folder, examples
 
 
 def first_step(world: tuple, size: int, accum: int, objective: str = "discord") -> dict:
@@ -81,15 +83,16 @@ def first_step(world: tuple, size: int, accum: int, objective: str = "discord") 
 def assert_ours(found: dict, world: tuple, objective: str = "discord") -> None:
     student, batch = Transformer.from_pretrained(world[0]), data.collate(world[1][:4])
     args = options("unused", "unused", "unused", "--objective", objective)
-    sums = train.backward(student, batch, args, len(batch.y), DisCorD.vocab_size)
-    ours = {"loss": sums[0] / len(batch.y), **{n: p.grad for n, p in student.named_parameters()}}
+    student.vocab_size, tokens = DisCorD.vocab_size, len(batch.labels)
+    sums = train.backward(student, batch, args, tokens)
+    ours = {"loss": sums[0] / tokens, **{n: p.grad for n, p in student.named_parameters()}}
     assert largest_difference(found, ours) < 2e-6  # of 0.5 and more; fp32's own is up to 7e-7
 
 
 @pytest.mark.parametrize("size, accum", [(1, 4), (4, 1), (3, 2)])
 @pytest.mark.parametrize("objective", ["discord", "sft"])
 def test_step_of_trainer_is_ours(world, objective, size, accum):
-    """Guards a mean of micro-batch means (of 1, 3 and 4 ragged traces), log p(y) of the neighbour,
+    """Guards a mean of micro-batch means (of 1, 3 and 4 ragged traces), log p(y) of the neighbor,
     prompts or padding that are trained on, and rows of the head that have no token."""
     assert_ours(first_step(world, size, accum, objective), world, objective)
 
@@ -122,9 +125,9 @@ def test_run_of_trainer_is_ours(world, tmp_path):
     folder, examples = world
     train.train(options(folder, folder / "traces.jsonl", tmp_path / "ours", "--steps", "3", "--lr",
                         "1e-4"))
-    known = {example.id: example for example in examples}
-    order = [known[name] for step in range(3)
-             for batch in data.step_batches(examples, step, 4, 2, seed=0) for name in batch.ids]
+    order = [example for step in range(3)
+             for micro_batch in data.step_examples(examples, step, 4, 2, seed=0)
+             for example in micro_batch]
     theirs = trainer(folder, order, 4, 2, 3, learning_rate=1e-4)
     theirs.train()
     theirs.save_model(tmp_path / "theirs")

@@ -1,12 +1,12 @@
-"""Signals, full disks, locks, kills in bad moments, another run's files: nothing is lost, and every
-refusal says what to do. faults.py kills at random moments; here the moments are chosen."""
+"""Ctrl-C, full disks, kills at bad moments, another run's files: nothing is lost, and every refusal
+says what to do. faults.py kills at random moments; here the moments are chosen."""
 
 import errno
 import itertools
 import json
 import os
+import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import largest_difference, options, weights
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
 import data
 import evaluate
@@ -34,6 +34,11 @@ def command(file: str, *argv, **more) -> subprocess.Popen:
 def small_files(size: int) -> dict:
     """A disk that is full: no file can grow beyond `size` bytes."""
     return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+def ctrl_c() -> dict:
+    """Ctrl-C reaches the command also where a shell in the background ignores it."""
+    return {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 
 
 def argv_of(args) -> list[str]:
@@ -65,128 +70,147 @@ def whole(toy_model, traces, tmp_path_factory):
     return weights(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step(toy_model, traces, tmp_path, whole, signals, monkeypatch, capsys,
-                                 number):
-    """Guards a step that is lost or half done after Ctrl-C or a cluster's SIGTERM, and an exit code
-    that looks like success. The step is saved though no checkpoint was due."""
-    steps, original = itertools.count(1), torch.optim.AdamW.step
+PLACES = {  # what is interrupted (of what), at which call, and the checkpoint that is there then
+    "the first step": (torch.optim.AdamW, "step", 1, None),
+    "before the first checkpoint": (torch.optim.AdamW, "step", 4, None),
+    "a step": (torch.optim.AdamW, "step", 8, 5),
+    "the first line of the log": (data, "write_lines", 2, None),  # the first call writes run.json
+    "the weights of a checkpoint": (Transformer, "save_pretrained", 2, 5),
+    "the optimizer of a checkpoint": (train, "save_file", 2, 5),
+    "behind the renaming": (os, "sync", 2, 10),
+    "the old checkpoint": (train, "remove_checkpoints", 2, 10),
+    "the result": (Transformer, "save_pretrained", 3, 10),
+    "the checkpoints of a finished run": (train, "remove_checkpoints", 3, 10)}
 
-    def step(self, *more):
-        if next(steps) == 7:
-            os.kill(os.getpid(), number)
-        return original(self, *more)
 
-    out = tmp_path / "run"
+@pytest.mark.parametrize("place", PLACES)
+def test_interrupted_training(toy_model, traces, tmp_path, whole, monkeypatch, capsys, place):
+    """Guards steps that are lost, half done or done twice after Ctrl-C, an exit code that looks
+    like success, and a checkpoint that is removed before the next one is there."""
+    owner, name, at, there = PLACES[place]
+    calls, original, out = itertools.count(1), getattr(owner, name), tmp_path / "run"
+
+    def interrupt(*args, **more):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **more)
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        data.one_line_errors(train.train, options(toy_model, traces, out), on_signal=train.stop)
-    assert stopped.value.code == 130
-    said = capsys.readouterr().err
-    assert f"{number.name}: step 7 is saved in {out}; the same command with --resume" in said
-    assert [folder.name for folder in out.glob("checkpoint*")] == ["checkpoint-00000007"]
-    train.STOP.clear()
+        patch.setattr(owner, name, interrupt)
+        data.run_command(lambda: train.train(options(toy_model, traces, out)))
+    assert stopped.value.code == "interrupted; to continue training or an evaluation, add --resume"
+    newest = max(out.glob("checkpoint-????????"), default=None)
+    assert newest == (there and out / f"checkpoint-{there:08}")
+    capsys.readouterr()
     train.train(options(toy_model, traces, out, "--resume"))
+    printed = capsys.readouterr().out
+    assert f"steps {there or 0} to 12" in printed or "this run is finished" in printed
     assert largest_difference(weights(out), whole) == 0
+    assert not [*out.glob("checkpoint*"), *out.glob("*.tmp"), *out.glob(".saving*")]
+    assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [3, 5, 6, 9, 10, 12]
 
 
-def test_a_second_signal_stops_at_once(signals):
-    train.stop(signal.SIGINT, None)
-    with pytest.raises(KeyboardInterrupt):
-        train.stop(signal.SIGINT, None)
+def test_checkpoint_is_on_the_disk_before_the_old_one_goes(toy_model, traces, tmp_path,
+                                                           monkeypatch):
+    """Guards a machine that goes down: what was renamed may not have been written yet. Each
+    checkpoint is written beside, renamed, and synced, and only then the old one is removed."""
+    seen, sync, remove = [], os.sync, train.remove_checkpoints
+
+    def names():
+        return sorted(folder.name[11:] for folder in (tmp_path / "run").glob("checkpoint*"))
+
+    monkeypatch.setattr(os, "sync", lambda: (seen.append(("sync", *names())), sync()))
+    monkeypatch.setattr(train, "remove_checkpoints", lambda out, keep=None: (
+        seen.append(("remove", *names())), remove(out, keep), seen.append(("removed", *names()))))
+    monkeypatch.setattr(train, "save_file", lambda *args, original=train.save_file: (
+        seen.append(("save", *names())), original(*args)))
+    train.train(options(toy_model, traces, tmp_path / "run"))
+    one, two = "00000005", "00000010"
+    assert seen == [("save", "00000005.tmp"), ("sync", one), ("remove", one), ("removed", one),
+                    ("save", one, "00000010.tmp"), ("sync", one, two), ("remove", one, two),
+                    ("removed", two), ("remove", two), ("removed",)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_answers(toy_model, tmp_path, signals, monkeypatch, capsys, number):
-    """Guards answers lost to a signal, and a traceback in place of how to go on."""
-    data.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1 a+2", "answer": "3"}] * 6)
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_interrupted_answers(toy_model, tmp_path, monkeypatch, capsys, temperature):
+    """Guards answers lost to Ctrl-C or to a kill, answers that are doubled or drawn differently
+    after it, a half line, answers of other options mixed in, and a traceback in place of how to
+    continue."""
+    rng = random.Random(0)
+    data.write_jsonl(tmp_path / "p.jsonl", [data.toy_trace(rng) for _ in range(6)])
     settings = ["accuracy", "--model", str(toy_model), "--benchmark", str(tmp_path / "p.jsonl"),
-                "--max-new-tokens", "3", "--batch-size", "2", "--out"]
+                "--max-new-tokens", "9", "--batch-size", "2", "--temperature", temperature, "--out"]
     evaluate.main([*settings, str(tmp_path / "whole.jsonl")])
-    batches, original = itertools.count(1), Transformer.sample
+    batches, original, count = [], Transformer.sample, 3
 
     def sample(self, *args, **more):
-        if next(batches) == 3:
-            os.kill(os.getpid(), number)
+        batches.append(1)
+        if len(batches) == count:
+            raise KeyboardInterrupt
         return original(self, *args, **more)
 
-    out = tmp_path / "r.jsonl"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(Transformer, "sample", sample)
-        data.one_line_errors(evaluate.main, [*settings, str(out)])
-    assert stopped.value.code == 130
-    said = capsys.readouterr().err
-    assert f"interrupted: what is finished stands in {out}.part; the same command with" in said
-    assert len(list(data.read_jsonl(f"{out}.part"))) == 4
-    evaluate.main([*settings, str(out), "--resume"])
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_score_goes_on(toy_model, traces, tmp_path, monkeypatch, capsys):
-    """Guards hours of a teacher lost to a kill, records doubled or lost behind it, other batches
-    after it (their last digits differ), and scores of other settings mixed in."""
-    settings = ["score", "--traces", str(traces), "--teacher", str(toy_model), "--device", "cpu",
-                "--max-length", "16", "--out"]
-    small = ["--batch-size", "1"]  # windows of 16 records
-    data.main([*settings, str(tmp_path / "whole.jsonl"), *small])
-    said, out, part = capsys.readouterr().out, tmp_path / "s.jsonl", tmp_path / "s.jsonl.part"
-    calls, original = [], data.response_logp
-
-    def killed(model, examples, *rest):
-        calls.append(len(examples))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(model, examples, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="with --resume"):
-        patch.setattr(data, "response_logp", killed)
-        data.main([*settings, str(out), *small])
-    whole = part.read_text()  # a line for each window
-    assert whole.count("\n") == 1 and not out.exists()
-    with pytest.raises(BadInput, match=r"s\.jsonl\.part: work was broken off here; add --resume"):
-        data.main([*settings, str(out), *small])
-    with pytest.raises(BadInput, match="cannot resume: batch_size was 1, is now 2"):
-        data.main([*settings, str(out), "--batch-size", "2", "--resume"])
-    monkeypatch.setattr(data, "response_logp", killed)
-    for kept, again in ((whole[:-20], 3), (whole + '{"found": [[{"id"', 2), (whole, 2)):
-        calls[:] = [0, 0]
-        part.write_text(kept)
-        data.main([*settings, str(out), *small, "--resume"])
+    out, part = tmp_path / "r.jsonl", tmp_path / "r.jsonl.part"
+    monkeypatch.setattr(Transformer, "sample", sample)
+    with pytest.raises(SystemExit) as stopped:
+        data.run_command(lambda: evaluate.main([*settings, str(out)]))
+    assert stopped.value.code == "interrupted; to continue training or an evaluation, add --resume"
+    kept = part.read_text()
+    assert kept.count("\n") == 4 and not out.exists()
+    with pytest.raises(BadInput, match=r"r\.jsonl\.part: an interrupted evaluation; add --resume"):
+        evaluate.main([*settings, str(out)])
+    with pytest.raises(BadInput, match="cannot resume: max_new_tokens was 9, is now 8"):
+        evaluate.main([*settings, str(out), "--resume", "--max-new-tokens", "8"])
+    assert part.read_text() == kept
+    for begun, again in ((kept[:-20], 2), (kept + '{"id": "1", "resp', 1), (kept, 1), ("", 3)):
+        batches[:], count = [], 9
+        part.write_text(begun)
+        evaluate.main([*settings, str(out), "--resume"])
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
-        assert len(calls) == 2 + again  # of three windows
-        assert capsys.readouterr().out.partition(":")[2] == said.partition(":")[2]
+        assert len(batches) == again  # of three
+        out.unlink()
+    part.write_text("".join(sorted(kept.splitlines(keepends=True))))  # an older OUT does not count
+    out.write_text(kept.replace('"correct":false', '"correct":true'))
+    batches[:] = []
+    evaluate.main([*settings, str(out), "--resume"])
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
+    part.write_bytes(out.read_bytes())  # killed when it was done but for the removal
+    evaluate.main([*settings, str(out), "--resume"])
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
+    assert len(batches) == 1
+    capsys.readouterr()
+    evaluate.main([*settings, str(out), "--resume"])  # finished: only printed
+    assert "accuracy" in capsys.readouterr().out and len(batches) == 1
 
 
-def test_two_processes(toy_model, traces, tmp_path):
-    """Guards two processes that write one folder, also a first one that is still at work; the lock
-    goes with its process. A real Ctrl-C ends the first one with how to go on, and no traceback."""
+def test_ctrl_c(toy_model, traces, tmp_path):
+    """Guards a traceback after a real Ctrl-C, in place of how to continue; and a SIGTERM that is
+    worse than Ctrl-C. The run then continues from its last checkpoint."""
     args = options(toy_model, traces, tmp_path / "run", "--steps", "100000")
-    first = command("train.py", *argv_of(args))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.05)
-    with pytest.raises(BadInput, match="run: another process is writing this; wait for it, or"):
-        train.train(options(toy_model, traces, tmp_path / "run", "--resume"))
-    first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == 130 and "is saved in" in said and "Traceback" not in said
-    saved, = (tmp_path / "run").glob("checkpoint*")
-    step = int(saved.name[-8:]) + 2
-    args = options(toy_model, traces, tmp_path / "run", "--steps", "100000", "--resume")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"{step}"):
-        patch.setattr(train, "STOP", [])
-        original = train.backward
+    for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)):
+        process, begin = command("train.py", *argv_of(args), **ctrl_c()), time.monotonic()
+        checkpoints = set((tmp_path / "run").glob("checkpoint-????????"))
+        while checkpoints >= set((tmp_path / "run").glob("checkpoint-????????")):
+            assert time.monotonic() < begin + 60 and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in said, said
+        message = "interrupted; to continue training or an evaluation, add --resume\n"
+        assert said.endswith(message) == (code == 1)
+        args.resume = True
+    newest = max((tmp_path / "run").glob("checkpoint-????????"))
+    original, rates = train.learning_rate, []
 
-        def backward(*rest):
-            if next(count) == 3:  # the second step
-                train.STOP.append(signal.SIGTERM)
-            return original(*rest)
+    def rate(step, args):
+        rates.append(step)
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return original(step, args)
 
-        count = itertools.count()
-        patch.setattr(train, "backward", backward)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", rate)
         train.train(args)
-    assert not (tmp_path / "run.lock").exists()
+    assert rates[0] == int(newest.name[-8:]) >= 10
 
 
 def test_full_disk_in_training(toy_model, traces, half, whole):
@@ -202,20 +226,32 @@ def test_full_disk_in_training(toy_model, traces, half, whole):
 
 
 def test_full_disk_at_the_end(toy_model, traces, half, whole, monkeypatch):
-    """Guards an error without a path, or a run that counts as finished, when the student itself
-    does not fit any more."""
+    """Guards a run that counts as finished when the student itself does not fit any more."""
     def full(self, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     args = options(toy_model, traces, half, "--resume", "--save-every", "5")
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=(
-            rf"{half}: cannot be written \(.*No space left on device")):
+    with monkeypatch.context() as patch, pytest.raises((OSError, BadInput), match=(
+            "No space left on device")):
         patch.setattr(train, "save_checkpoint", lambda *_: None)
         patch.setattr(Transformer, "save_pretrained", full)
         train.train(args)
     assert [folder.name for folder in half.glob("checkpoint*")] == ["checkpoint-00000005"]
     train.train(args)
     assert largest_difference(weights(half), whole) == 0
+
+
+@pytest.mark.parametrize("size", [10, 2500])
+def test_full_disk_in_a_new_run(toy_model, traces, tmp_path, whole, size):
+    """Guards a folder that is refused after its first file (run.json, 1 kB) did not fit, and half
+    a checkpoint that keeps the disk full."""
+    args, out = options(toy_model, traces, tmp_path / "run"), tmp_path / "run"
+    _, said = command("train.py", *argv_of(args), **small_files(size)).communicate()
+    assert "File too large" in said and "Traceback" not in said, said
+    assert not [*out.glob("*.tmp"), *out.glob(".saving*"), *out.glob("checkpoint*")]
+    args.resume = True
+    train.train(args)
+    assert largest_difference(weights(out), whole) == 0
 
 
 def test_full_disk_in_answers(toy_model, tmp_path):
@@ -225,7 +261,7 @@ def test_full_disk_in_answers(toy_model, tmp_path):
                 "--max-new-tokens", "3", "--out"]
     out = tmp_path / "r.jsonl"
     _, said = command("evaluate.py", *settings, out, **small_files(1500)).communicate()
-    assert f"error: {out}.part: cannot be written (" in said and "Traceback" not in said, said
+    assert "File too large" in said and "Traceback" not in said, said
     assert 0 < Path(f"{out}.part").stat().st_size <= 1500
     for name, more in (("r", ["--resume"]), ("whole", [])):
         evaluate.main([*map(str, settings), str(tmp_path / f"{name}.jsonl"), *more])
@@ -249,55 +285,52 @@ def test_nothing_half_written_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.jsonl"]
 
 
-def test_killed_before_the_first_line(toy_model, traces, half, whole, tmp_path):
-    """Guards a folder that is refused for ever since its run died before run.json was there, and a
-    log whose last line is half a line."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json.tmp").write_text('{"opt')
-    train.train(options(toy_model, traces, tmp_path / "run"))
-    assert not (tmp_path / "run" / "run.json.tmp").exists()
+def test_killed_in_a_log_line(toy_model, traces, half, whole):
+    """Guards a log whose last line is half a line, and what was being written when it died."""
     with open(half / "log.jsonl", "a") as log:
         log.write('{"step": 9, "lo')
     (half / "checkpoint-00000010.tmp" / ".saving-x").mkdir(parents=True)  # killed in the next one
+    (half / "run.json.tmp").write_text('{"opt')
     train.train(options(toy_model, traces, half, "--resume"))
     assert largest_difference(weights(half), whole) == 0
     assert [json.loads(line)["step"] for line in open(half / "log.jsonl")] == [3, 5, 6, 9, 10, 12]
+    assert not [*half.glob("*.tmp"), *half.glob(".saving*")]
 
 
-@pytest.mark.parametrize("change, named", [
-    ("another run's checkpoint", "run.json: missing, damaged or of another run; delete .*00005"),
-    ("other options in run.json", "run.json: missing, damaged or of another run; delete .*00005"),
-    ("flipped bytes", r"optimizer.safetensors: missing, damaged or of another run"),
-    ("a file less", r"tokenizer.json: missing, damaged or of another run"),
-    ("another model's optimizer", r"optimizer.safetensors: missing, damaged or of another run"),
-    ("no sums", r"sums.json: missing, or not a JSON object")])
-def test_checkpoints_that_are_refused(toy_model, traces, half, tmp_path, change, named):
-    """Guards going on from what is not this run's own state."""
+def test_killed_before_the_first_line(toy_model, traces, whole, tmp_path):
+    """Guards a folder that is refused for ever since its run died before run.json was there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.tmp").write_text('{"opt')
+    train.train(options(toy_model, traces, tmp_path / "run"))
+    assert largest_difference(weights(tmp_path / "run"), whole) == 0
+    assert not (tmp_path / "run" / "run.json.tmp").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "config.json",
+                                  "optimizer.safetensors"])
+@pytest.mark.parametrize("change", ["missing", "truncated", "empty"])
+def test_checkpoints_that_are_refused(toy_model, traces, half, file, change):
+    """Guards going on from what is not the whole state of this run."""
     checkpoint, = half.glob("checkpoint*")
-    optimizer = checkpoint / "optimizer.safetensors"
-    if change == "another run's checkpoint":
-        args = options(toy_model, traces, tmp_path / "other", "--seed", "1")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "STOP", [signal.SIGINT])
-            train.train(args)
-        shutil.rmtree(checkpoint)
-        (tmp_path / "other" / "checkpoint-00000001").rename(checkpoint)
-    elif change == "other options in run.json":
-        run = (half / "run.json").read_text()
-        (half / "run.json").write_text(run.replace('"lr":0.01', '"lr":0.02'))
-        with pytest.raises(BadInput, match=r"cannot resume: lr was 0\.02, is now 0\.01"):
-            train.train(options(toy_model, traces, half, "--resume"))
-        (half / "run.json").write_text(run.replace('"traces":40', '"traces":41'))
-    elif change == "flipped bytes":
-        content = bytearray(optimizer.read_bytes())
-        content[-1] ^= 1
-        optimizer.write_bytes(content)
-    elif change == "a file less":
-        (checkpoint / "tokenizer.json").unlink()
-    elif change == "another model's optimizer":
-        save_file({name: value.flatten()[:1].clone()
-                   for name, value in load_file(optimizer).items()}, optimizer)
-    else:
-        (checkpoint / "sums.json").unlink()
-    with pytest.raises(BadInput, match=named):
+    whole = (checkpoint / file).read_bytes()
+    (checkpoint / file).unlink()
+    if change != "missing":
+        (checkpoint / file).write_bytes(whole[:-9] if change == "truncated" else b"")
+    files = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    with pytest.raises((BadInput, FileNotFoundError, SafetensorError)) as error:
+        train.train(options(toy_model, traces, half, "--resume"))
+    if change == "missing" or file != "optimizer.safetensors":
+        assert f"{checkpoint / file}" in str(error.value)
+    assert files == {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+
+
+def test_another_run_in_run_json(toy_model, traces, half):
+    """Guards going on with other options than those of the interrupted run."""
+    run = (half / "run.json").read_text()
+    assert '"lr":0.01' in run
+    (half / "run.json").write_text(run.replace('"lr":0.01', '"lr":0.02'))
+    with pytest.raises(BadInput, match=r"run\.json: cannot resume: lr was 0\.02, is now 0\.01"):
+        train.train(options(toy_model, traces, half, "--resume"))
+    (half / "run.json").write_text(run[:-9])
+    with pytest.raises(BadInput, match=r"run\.json: missing, or not valid JSON"):
         train.train(options(toy_model, traces, half, "--resume"))

@@ -36,22 +36,23 @@ COMMANDS = {
     "train": (lambda argv: train.train(train.parse_args(argv)),
               "--student m --traces t.jsonl --out run --steps 1 --device cpu"),
     "score": (data.main, "score --traces t.jsonl --teacher m --out o.jsonl --device cpu"),
-    "served": (data.main, "score --traces t.jsonl --student m --out o.jsonl"),
     "select": (data.main, "select --traces t.jsonl --student m --out o.jsonl --device cpu"),
-    "mix": (data.main, "mix --answers t.jsonl --traces t.jsonl --student m --out o.jsonl --all"),
+    "mix": (data.main,
+            "mix --answers t.jsonl --traces t.jsonl --student m --out o.jsonl "
+            "--continue-all"),
     "accuracy": (evaluate.main, "accuracy --model m --benchmark p.jsonl --out o.jsonl "
                  "--max-new-tokens 2 --device cpu"),
-    "grade": (evaluate.main, "grade --traces t.jsonl --out o.jsonl"),
     "compare": (evaluate.main, "compare t.jsonl t.jsonl"),
     "exposure": (evaluate.main, "exposure --teacher m --student m --benchmark p.jsonl --out o.jsonl"
                  " --max-new-tokens 2 --device cpu"),
-    "weights": (evaluate.main, "weights m --traces t.jsonl --out o.html --device cpu"),
+    "weights": (evaluate.main, "weights --student m --traces t.jsonl --out o.html --device cpu"),
     "report": (evaluate.main, "report m")}
 
 
 def run(command: str, *more: str) -> None:
+    """As from a shell: run_command turns what is expected to fail into one line."""
     main, options = COMMANDS[command]
-    main([*options.split(), *more])
+    data.run_command(lambda: main([*options.split(), *more]))
 
 
 def second(line: str | bytes | dict) -> dict[str, bytes]:
@@ -93,22 +94,31 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
     ("train", second('{"id": ' + "9" * 5000 + "}"), "", "t.jsonl line 2: not valid JSON"),
     ("train", second("null"), "", "t.jsonl line 2: not a JSON object"),
     ("train", second('"x"'), "", "t.jsonl line 2: not a JSON object"),
-    ("train", {"t.jsonl": b'[{"prompt": "x"}, 5]'}, "", "t.jsonl entry"),
-    ("train", {"t.jsonl": b"[" * 100_000}, "", "t.jsonl entry 1: not valid JSON"),
-    ("train", {"t.jsonl": b"\n\n \n"}, "", "t.jsonl: no usable trace .the file is empty"),
-    ("train", {"t.jsonl": None}, "", "t.jsonl: cannot be read: No such file"),
-    ("train", {}, "--traces m", "m: cannot be read: Is a directory"),
-    ("score", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
+    ("train", {"t.jsonl": b'[{"prompt": "x"}, 5]'}, "", "t.jsonl line 1: not a JSON object"),
+    ("train", {"t.jsonl": b"[\n{}]"}, "", "t.jsonl line 1: not valid JSON"),
+    ("train", {"t.jsonl": b"\n\n \n"}, "", "t.jsonl: no usable trace; dropped: none"),
+    ("train", {"t.jsonl": None}, "", "No such file or directory: 't.jsonl'"),
+    ("train", {}, "--traces m", "Is a directory: 'm'"),
+    ("score", {"t.jsonl": None}, "", "No such file or directory: 't.jsonl'"),
+    ("score", {"t.jsonl": b""}, "", "t.jsonl: no usable trace"),
+    ("score", {"t.jsonl": json.dumps({**GOOD, "correct": False}).encode()}, "",
+     "t.jsonl: no usable trace; dropped: {'wrong': 1}"),
+    ("score", second("{"), "", "t.jsonl line 2: not valid JSON"),
     ("select", {"t.jsonl": b""}, "", "t.jsonl: no usable trace"),
-    ("grade", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
+    ("select", second({"prompt": "x", "response": "a=0"}), "",
+     "t.jsonl line 2: teacher_logprobs: expected 2 numbers"),
+    ("compare", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
     # ---- traces
     ("train", second({**GOOD, "response": None}), "", "line 2: response = 'None'"),
     ("train", second({**GOOD, "response": ["a=0"]}), "", "line 2: response = "),
-    ("train", second('{"prompt": "x", "response": "\\ud800"}'), "", "line 2: "),
-    ("grade", second('{"prompt": "x", "response": "\\ud800", "answer": "1"}'), "", "line 2: "),
+    ("train", second('{"prompt": "x", "response": "\\ud800"}'), "", "line 2: not valid JSON"),
+    ("score", second('{"prompt": "x", "response": "\\ud800"}'), "", "line 2: not valid JSON"),
     ("train", second({**GOOD, "prompt": {"text": "x"}}), "", "line 2: prompt = "),
     ("train", second({**GOOD, "messages": []}), "", "line 2: messages"),
     ("train", second({**GOOD, "messages": [1]}), "", "line 2: messages"),
+    ("train", second({**GOOD, "messages": "hi"}), "", "line 2: messages"),
+    ("train", second({**GOOD, "messages": None}), "", "line 2: messages: not a list"),
+    ("train", second({**GOOD, "messages": 5}), "", "line 2: messages: not a list"),
     ("train", second({**GOOD, "messages": [{"role": "user"}]}), "", "line 2: messages"),
     ("train", second({**GOOD, "messages": [{"role": "user", "content": None}]}), "",
      "line 2: messages"),
@@ -116,79 +126,83 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
      "line 2: messages"),
     ("train", second({**GOOD, "messages": [{"role": ["user"], "content": "x"}]}), "",
      "line 2: messages"),
-    ("train", second({**GOOD, "teacher_logprobs": {}}), "", "line 2: no list of teacher_logprobs"),
-    ("train", second({**GOOD, "teacher_logprobs": []}), "", "line 2: teacher_logprobs: 0 numbers"),
-    ("train", second({**GOOD, "teacher_logprobs": [True] * 5}), "", "line 2: teacher_logprobs"),
-    ("train", second({**GOOD, "teacher_logprobs": [None] * 5}), "", "line 2: teacher_logprobs"),
+    ("train", second({**GOOD, "teacher_logprobs": {}}), "", "line 2: teacher_logprobs: expected 5"),
+    ("train", second({**GOOD, "teacher_logprobs": []}), "", "line 2: teacher_logprobs: expected 5"),
+    ("train", second({**GOOD, "teacher_logprobs": "x"}), "", "line 2: teacher_logprobs: expected"),
+    ("train", second({**GOOD, "teacher_logprobs": [True] * 5}), "",
+     "line 2: teacher_logprobs: True is not"),
+    ("train", {"t.jsonl": json.dumps({**GOOD, "teacher_logprobs": [None] * 5}).encode()}, "",
+     "t.jsonl: no usable trace; dropped: .*null or -9999': 1"),
     ("train", second({**GOOD, "teacher_logprobs": [-math.inf] * 5}), "",
-     "line 2: teacher_logprobs: .-inf. is not"),
-    ("train", second({**GOOD, "teacher_logprobs": [[-1.0]] * 5}), "", "line 2: teacher_logprobs"),
-    ("train", second({**GOOD, "tokens": "12345"}), "", "line 2: tokens"),
-    ("train", second({**GOOD, "tokens": {"a": 1}}), "", "line 2: tokens"),
-    ("train", second({**GOOD, "tokens": [-1] * 5}), "", "line 2: tokens"),
-    ("train", second({**GOOD, "tokens": [1.5] * 5}), "", "line 2: tokens"),
-    ("train", second({**GOOD, "tokens": [[1]] * 5}), "", "line 2: tokens"),
-    ("train", second({**GOOD, "tokens": [10 ** 30] * 5}), "", "line 2: tokens"),
-    ("train", {}, "--max-length 3", "t.jsonl: no usable trace .3 longer than 3 tokens"),
-    ("grade", second({"prompt": "x", "response": "1"}), "", "line 2: no field answer"),
-    ("grade", second({**GOOD, "answer": {"a": 1}}), "", "line 2: answer = "),
-    ("served", second({"prompt": "x", "choices": "abc"}), "", "line 1: no choices"),
-    ("served", {"t.jsonl": b'{"prompt": "x", "choices": [1, {}, {"logprobs": 5}, {"logprobs": {}}]}'
-                }, "", "no trace can be used .4 no log-probabilities in a form"),
-    ("served", {"t.jsonl": b'{"prompt": "x", "choices": [{"logprobs": {"content": []}}]}'}, "",
-     "no trace can be used .1 no log-probabilities in a form"),
-    ("mix", second({"prompt": "x", "response": "a=0"}), "", "line 2: no id"),
-    ("compare", {}, "", "t.jsonl line 1: no correct, finished, setup; this should be"),
+     "line 2: teacher_logprobs: -inf is not"),
+    ("train", second({**GOOD, "teacher_logprobs": [[-1.0]] * 5}), "",
+     r"line 2: teacher_logprobs: \[-1.0\] is not"),
+    ("train", second({**GOOD, "tokens": "12345"}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": {"a": 1}}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [-1] * 5}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [1.5] * 5}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [1.0] * 5}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [69, 79, 4, 5]}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [[1]] * 5}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [10 ** 30] * 5}), "", "line 2: tokens do not spell"),
+    ("train", second({**GOOD, "tokens": [5] * 5}), "", "line 2: tokens do not spell"),
+    ("score", second({**GOOD, "tokens": [129] * 5}), "", "line 2: tokens do not spell"),
+    ("select", second({**GOOD, "tokens": [129] * 5}), "", "line 2: tokens do not spell"),
+    ("mix", second({**GOOD, "tokens": [129] * 5}), "", "line 2: tokens do not spell"),
+    ("weights", second({**GOOD, "tokens": [129] * 5}), "", "line 2: tokens do not spell"),
+    ("train", {}, "--max-length 3", "no usable trace; dropped: {'longer than 3 tokens': 3"),
+    ("mix", second({**GOOD, "answer": {"a": 1}}), "", "line 2: answer = "),
+    ("mix", {"t.jsonl": b'{"prompt": "x", "response": "a=0", "answer": "1"}'}, "",
+     "t.jsonl line 1: no id"),
+    ("compare", {}, "", "t.jsonl: expected a file that `accuracy` wrote"),
     ("report", {}, "", "m/run.json: missing"),
     # ---- problems
-    ("accuracy", problem(prompt=5), "", "p.jsonl line 1: prompt = '5'"),
-    ("accuracy", {"p.jsonl": b'{"prompt": "x"}'}, "", "p.jsonl line 1: no field answer"),
-    ("accuracy", problem(answer={"value": 1}), "", "p.jsonl line 1: answer = "),
-    ("accuracy", problem(answer=""), "", "p.jsonl: no problem with an answer"),
+    ("accuracy", problem(prompt=5), "", "p.jsonl line 1: prompt .* = '5'"),
+    ("accuracy", {"p.jsonl": b'{"prompt": "x"}'}, "", "p.jsonl line 1: no answer or"),
+    ("accuracy", problem(answer={"value": 1}), "", "p.jsonl line 1: the answer is an object"),
     ("accuracy", problem(prefix="abc"), "", "problem 1: prefix: not ids"),
     ("accuracy", problem(prefix=[10 ** 9]), "", "problem 1: prefix: not ids"),
     ("accuracy", problem(prefix=[None]), "", "problem 1: prefix: not ids"),
-    ("accuracy", problem(prompt="\ud800"), "", "p.jsonl line 1: "),
-    ("accuracy", problem(messages=[{"role": "system", "content": "y"}, {
-        "role": "user", "content": "x"}]), "--system z", "line 1: has a system prompt of its own"),
+    ("exposure", problem(prefix=[129]), "", "problem 1: prefix: not ids"),
+    ("accuracy", problem(answer=""), "", "p.jsonl: no problems"),
+    ("accuracy", problem(prompt="\ud800"), "", "p.jsonl line 1: not valid JSON"),
+    ("accuracy", problem(messages=[]), "", "p.jsonl line 1: messages: not a list of turns"),
+    ("accuracy", {"p.jsonl": b'[{"prompt": "x", "answer": "1"}]'}, "",
+     "p.jsonl line 1: not a JSON object"),
     ("accuracy", {"p.jsonl": 2 * b'{"id": 1, "prompt": "x", "answer": "1"}\n'}, "", "the same id"),
     # ---- config.json
-    ("train", {"m/config.json": b"[]"}, "", "m/config.json: missing, or not a JSON object"),
-    ("train", {"m/config.json": b"\xff"}, "", "m/config.json: missing, or not a JSON object"),
-    ("train", {"m/config.json": b"[" * 100_000}, "", "m/config.json: missing, or not a JSON obj"),
+    ("train", {"m/config.json": b"[]"}, "", "m/config.json: not a JSON object"),
+    ("train", {"m/config.json": b"\xff"}, "", "m/config.json: missing, or not valid JSON"),
+    ("train", {"m/config.json": b"[" * 100_000}, "", "m/config.json: missing, or not valid JSON"),
     ("train", config(hidden_size=True), "", "m/config.json: hidden_size = True"),
-    ("train", config(hidden_size=32.0), "", "m/config.json: hidden_size = 32.0"),
+    ("train", config(hidden_size=32.0), "", "m/config.json: "),
     ("train", config(hidden_size=10 ** 13), "", "m/config.json: hidden_size = 1000"),
-    ("train", config(num_hidden_layers=10 ** 9), "", "m/config.json: num_hidden_layers = 1000"),
     ("train", config(vocab_size=-129), "", "m/config.json: vocab_size = -129"),
     ("train", config(rope_theta="1e6"), "", "m/config.json: rope_theta = 1e6"),
     ("train", config(rope_theta=math.nan), "", "m/config.json: rope_theta = nan"),
     ("train", config(rope_theta=math.inf), "", "m/config.json: rope_theta = inf"),
-    ("train", config(rope_scaling="linear"), "", "m/config.json: rope_scaling and .*linear"),
-    ("train", config(rope_parameters=[1]), "", "m/config.json: rope_scaling and .*1"),
+    ("train", config(rope_scaling="linear"), "", "m/config.json: "),
+    ("train", config(rope_parameters=[1]), "", "m/config.json: "),
+    ("train", config(rope_scaling={"type": "linear", "factor": 2.0}), "",
+     "m/config.json: rope_type = linear"),
     ("train", config(layer_types={"a": 1}), "", "m/config.json: layer_types = "),
     ("train", config(tie_word_embeddings="no"), "", "m/config.json: tie_word_embeddings = no"),
     ("train", config(attention_bias=7), "", "m/config.json: attention_bias = 7"),
-    ("train", ("m/generation_config.json", {"eos_token_id": "3"}), "", "m: eos_token_id = 3"),
-    ("train", ("m/generation_config.json", {"eos_token_id": [3, None]}), "", "m: eos_token_id = "),
     ("train", config(max_position_embeddings="long"), "", "max_position_embeddings = long"),
     ("train", {"m/generation_config.json": b"{"}, "", "m/generation_config.json: missing, or not"),
     # ---- tokenizer
-    ("train", {"m/tokenizer.json": b"{}"}, "", "m/tokenizer.json: not a readable tokenizer"),
-    ("train", {"m/tokenizer.json": b"\x00" * 99}, "", "m/tokenizer.json: not a readable tokenizer"),
-    ("train", {"m/tokenizer.json": None}, "", "m/tokenizer.json: no such file"),
-    ("train", {"m/tokenizer_config.json": b"5"}, "", "m/tokenizer_config.json: missing, or not"),
+    ("train", {"m/tokenizer.json": b"{}"}, "", "m/tokenizer.json: missing, or not a tokenizer"),
+    ("train", {"m/tokenizer.json": b"\x00" * 99}, "", "m/tokenizer.json: missing, or not a token"),
+    ("train", {"m/tokenizer.json": None}, "", "m/tokenizer.json: missing, or not a tokenizer"),
+    ("train", {"m/tokenizer_config.json": b"5"}, "", "m/tokenizer_config.json: not a JSON object"),
     ("train", ("m/tokenizer_config.json", {"chat_template": 5}), "", "m: chat template"),
     ("train", ("m/tokenizer_config.json", {"chat_template": [{"a": 1}]}), "", "m: chat template"),
     ("train", ("m/tokenizer_config.json", {"chat_template": "hi", "eos_token": "<nobody>"}), "",
      "m: no end-of-turn token"),
     ("train", ("m/tokenizer_config.json", {"chat_template": None, "eos_token": {"x": 1}}), "",
      "m: no end-of-turn token"),
-    ("train", ("m/tokenizer.json", {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"},
-                                    "added_tokens": []}), "", "m/tokenizer.json: .*Missing .UNK."),
     # ---- chat templates
     ("train", template("{% for"), "", "m: chat template: "),
-    ("train", template("\udcff"), "", "m: chat template: UnicodeDecodeError"),
     ("train", template("{{ messages[9].content }}"), "", "m: chat template: .*no element 9"),
     ("train", template("{{ 1 / 0 }}"), "", "m: chat template: ZeroDivisionError"),
     ("train", template("{{ raise_exception('only one turn') }}"), "", "m: chat .*only one turn"),
@@ -197,18 +211,8 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
      "m: .*is unsafe"),
     ("train", template("{{ messages.append(1) }}"), "", "m: .*is unsafe"),
     ("train", template("{% include '/etc/passwd' %}"), "", "m: chat template: .*no loader"),
-    ("train", template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
-                       "{% endfor %}"), "", "m: chat template: .*works for more than"),
-    ("train", template("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}"
-                       "{% endmacro %}{{ f(50) }}"), "", "m: chat template: .*works for more than"),
     ("train", template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "", "m: .*recursion"),
-    ("train", template("{{ 9 ** 9 ** 9 }}"), "", "m: chat template: .* is not allowed"),
-    ("train", template("{{ 'x' * 10000000000 }}"), "", "m: chat template: MemoryError"),
-    ("train", template("{% set ns = namespace(x='x') %}{% for i in range(60) %}"
-                       "{% set ns.x = ns.x ~ ns.x %}{% endfor %}"), "",
-     "m: chat template: (Memory|Timeout)Error"),
-    ("train", template("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"), "",
-     "m: chat template: 99,999,000 characters"),
+    ("train", template("{% for a in range(999999) %}{% endfor %}"), "", "m: .*Range too big"),
     # ---- weights
     ("train", {"m/model.safetensors": None}, "", "m/model.safetensors: missing, corrupt"),
     ("train", header("{}", 2 ** 60), "", "m/model.safetensors: missing, corrupt"),
@@ -223,7 +227,7 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
     ("train", header("{}"), "", "m/model.safetensors: missing, corrupt"),
     ("train", index({"model.norm.weight": "../../secret.safetensors"}), "",
      "secret.safetensors: missing, corrupt"),
-    ("train", index({"model.norm.weight": 5}), "", "m/5: missing, corrupt"),
+    ("train", index({"model.norm.weight": 5}), "", "m/model.safetensors.index.json: missing, corr"),
     ("train", index([1, 2]), "", "m/model.safetensors.index.json: "),
     ("train", index({}), "", "m/model.safetensors.index.json: "),
     ("train", {"m/model.safetensors.index.json": b"{}"}, "", "m/model.safetensors.index.json: "),
@@ -233,23 +237,26 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
           ("train", "--tau", "0"), ("train", "--tau", "nan"), ("train", "--lr", "inf"),
           ("train", "--lr", "-1"), ("train", "--batch-size", "0"), ("train", "--beta", "2"),
           ("train", "--steps", "-5"), ("train", "--on-policy", "nan"), ("train", "--seed", "-1"),
-          ("score", "--batch-size", "0"), ("score", "--max-length", "-1"),
-          ("select", "--keep", "0"), ("select", "--keep", "nan"), ("select", "--ratio", "-1"),
+          ("train", "--epochs", "0"), ("train", "--epochs", "inf"), ("train", "--max-length", "0"),
+          ("select", "--keep", "0"), ("select", "--keep", "nan"), ("select", "--keep", "2"),
           ("accuracy", "--samples", "0"), ("accuracy", "--temperature", "-1"),
-          ("accuracy", "--temperature", "nan"), ("accuracy", "--top-p", "0"),
+          ("accuracy", "--temperature", "nan"), ("accuracy", "--batch-size", "0"),
           ("accuracy", "--max-new-tokens", "0"), ("accuracy", "--limit", "-3"),
           ("accuracy", "--seed", "-1"), ("weights", "--tau", "0"), ("mix", "--seed", "-1")]],
-    ("select", {}, "--keep 2", "--keep 2"),
-    ("select", {}, "--between (", r"--between \(: "),
-    ("accuracy", {}, "--top-p 2", "top_p=2"),
-    ("accuracy", {}, "--dtype float16", "--dtype float16: must be"),
+    ("train", {}, "--batch-size 1.5", "argument --batch-size: .*1.5"),
+    ("train", {}, "--lr x", "argument --lr: .*x"),
+    ("train", {}, "--objective dpo", "argument --objective: invalid choice: 'dpo'"),
+    ("train", {}, "--objective kl", "--objective kl needs .*--teacher"),
+    ("select", {}, "--separator (", "unterminated subpattern"),
+    ("accuracy", {}, "--dtype float16", "argument --dtype: invalid choice: 'float16'"),
+    ("accuracy", {}, "--samples 2", "--samples > 1 needs a --temperature"),
     ("accuracy", {}, "--device tpu9", "--device tpu9: "),
     ("train", {}, "--device tpu9", "--device tpu9: "),
-    ("train", {}, "--out t.jsonl", "t.jsonl: "),
+    ("train", {}, "--out t.jsonl", "t.jsonl"),
     ("accuracy", {}, "--model t.jsonl", "t.jsonl: not a folder"),
-    ("accuracy", {}, "--benchmark gsm9k", "gsm9k: cannot be read"),
-    ("accuracy", {}, "--benchmark gsm8k:x", "--benchmark gsm8k:x: the splits of gsm8k are"),
-    ("accuracy", {}, "--benchmark m", "m: cannot be read: Is a directory"),
+    ("accuracy", {}, "--benchmark gsm9k", "No such file or directory: 'gsm9k'"),
+    ("accuracy", {}, "--benchmark gsm8k:x", "--benchmark gsm8k:x: cannot get openai/gsm8k from"),
+    ("accuracy", {}, "--benchmark m", "Is a directory: 'm'"),
 ]
 
 
@@ -263,10 +270,13 @@ def test_bad_input_is_one_line(place, capsys, command, spoilt, options, said):
     for name, content in spoilt.items():
         Path(name).write_bytes(content) if content is not None else Path(name).unlink()
     before = {path.name for path in place.iterdir()}
-    with pytest.raises((BadInput, SystemExit)) as error:
+    with pytest.raises(SystemExit) as error:
         run(command, *options.split())
-    message = str(error.value) if isinstance(error.value, BadInput) else capsys.readouterr().err
-    assert re.search(said, " ".join(message.split())), message
+    message = error.value.code
+    if message == 2:  # argparse has printed it
+        message = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: .*{said}", message), message
+    assert "\n" not in message
     assert {path.name for path in place.iterdir()} == before
 
 
@@ -288,8 +298,8 @@ def test_model_text_is_text(place):
     shutil.copytree("m", "<img src=x>")
     data.write_jsonl("t.jsonl", [{**GOOD, "prompt": evil, "response": evil,
                                   "teacher_logprobs": [-1.0] * 2}])
-    evaluate.main(["weights", "<img src=x>", "--traces", "t.jsonl", "--out", "o.html", "--device",
-                   "cpu"])
+    evaluate.main(["weights", "--student", "<img src=x>", "--traces", "t.jsonl", "--out", "o.html",
+                   "--device", "cpu"])
     page = Path("o.html").read_text()
     assert "<script" not in page and "<img" not in page
     assert "&lt;img src=x&gt;" in page

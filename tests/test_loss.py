@@ -60,7 +60,7 @@ def test_value_and_gradient_equal_naive(objective, beta):
     assert not weight.requires_grad
 
 
-def test_generalised_jsd_equals_trl():
+def test_generalized_jsd_equals_trl():
     """Guards TRL's convention of beta (m = beta p + (1 - beta) q), the ends included."""
     from trl.experimental.gkd import GKDTrainer
     p, q = logits(1), logits(2)
@@ -138,9 +138,11 @@ def test_fact_1_agreement_is_sft():
 
 def test_fact_2_infinite_tau_is_sft():
     q = logits(2)
-    got, weight = loss.token_losses("discord", q, Y, p_logp=logits(1)[:, 0].abs().neg(), tau=1e9)
-    torch.testing.assert_close(weight, torch.ones(N))
-    torch.testing.assert_close(got, loss.sft(q, Y))
+    for tau in (1e9, math.inf):
+        got, weight = loss.token_losses("discord", q, Y, p_logp=logits(1)[:, 0].abs().neg(),
+                                        tau=tau)
+        torch.testing.assert_close(weight, torch.ones(N))
+        torch.testing.assert_close(got, loss.sft(q, Y))
 
 
 def test_tau_1_is_the_posterior():

@@ -33,20 +33,20 @@ def tokenizer(toy_model):
 @given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=6))
 def test_what_is_supervised_is_the_response(tokenizer, pairs):
     """Guards a mask that is off by one at either end of any trace of any batch, and a shift in the
-    wrong direction: row t reads the token before the one that it predicts."""
-    examples = [data.encode({"prompt": a, "response": b}, tokenizer, f"x line {i}")
+    wrong direction: position t reads the token before the one that it predicts."""
+    examples = [data.encode_trace({"prompt": a, "response": b}, tokenizer, f"x line {i}")
                 for i, (a, b) in enumerate(pairs)]
     batch = data.collate(examples)
     T, flat = batch.tokens.shape[1], batch.tokens.flatten()
     assert [tokenizer.decode(part.tolist()) for part in
-            batch.y.split([len(b.split()) + 1 for _, b in pairs])] == [b for _, b in pairs]
-    read = iter(zip(batch.rows.tolist(), batch.y.tolist(), strict=True))
+            batch.labels.split([len(b.split()) + 1 for _, b in pairs])] == [b for _, b in pairs]
+    read = iter(zip(batch.positions.tolist(), batch.labels.tolist(), strict=True))
     for i, example in enumerate(examples):
         ids = example.tokens.tolist()
-        for t in range(example.prompt, len(ids)):
-            row, y = next(read)
-            assert row == i * T + t - 1 and flat[row] == ids[t - 1] and y == ids[t]
-        assert ids[-1] == tokenizer.end
+        for t in range(example.prompt_length, len(ids)):
+            position, label = next(read)
+            assert position == i * T + t - 1 and flat[position] == ids[t - 1] and label == ids[t]
+        assert ids[-1] == tokenizer.eot_id
     assert next(read, None) is None
 
 
@@ -54,12 +54,15 @@ def test_what_is_supervised_is_the_response(tokenizer, pairs):
 def test_sampled_ids_come_back(tokenizer, ids, finished):
     """Guards ids that a model sampled and that the text would be split into differently: what is
     stored must lead back to them, with one log-probability each."""
-    ids = [i for i in ids if i != tokenizer.end] or [7]
-    ids += [tokenizer.end] * finished
-    record = data.response_fields(ids, np.linspace(-3, -1, len(ids)), tokenizer, finished)
-    if finished and record["response"].strip():
-        example = data.encode({"prompt": "1", **record}, tokenizer, "x line 1", teacher=True)
-        assert example.tokens[example.prompt:].tolist() == ids
+    ids = [i for i in ids if i != tokenizer.eot_id] or [7]
+    ids += [tokenizer.eot_id] * finished
+    record = data.trace_fields(ids, np.linspace(-3, -1, len(ids)), tokenizer, finished)
+    if record["response"].strip():
+        trace = {"prompt": "1", **record}
+        assert data.response_ids(trace, tokenizer, "x line 1") == ids
+        example = data.encode_trace(trace, tokenizer, "x line 1", teacher=True)
+        assert example.tokens[example.prompt_length:].tolist() == ids
+        assert len(example.teacher_logp) == len(ids)
     assert json.loads(json.dumps(record)) == record and len(record["teacher_logprobs"]) == len(ids)
 
 

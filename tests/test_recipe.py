@@ -1,13 +1,13 @@
-"""The README's recipes, command by command as printed, with real problems and tokenizers, and with
-small random models in place of the real ones. They are never right: a stand-in grades them."""
+"""The READMEs, command by command as printed, with real problems and tokenizers, and with small
+random models in place of the real ones. They are never right: a stand-in grades them."""
 
 import json
-import random
 import re
 import shlex
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +19,26 @@ import data
 import evaluate
 import train
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-RECIPE = README.partition("\n## Your own models and traces")[2].partition("\n## ")[0]
-COMMANDS = re.findall(r"^    python ((?:data|train|evaluate)\.py .*)$", RECIPE, re.MULTILINE)
+HOME = Path(__file__).parents[1]
+README = (HOME / "README.md").read_text(encoding="utf-8")
+EVIDENCE = (HOME / "tests" / "README.md").read_text(encoding="utf-8")
+RECIPE = README.partition("\n## Your own models")[2].partition("\n## Results")[0]
+VARIABLES = dict(re.findall(r"\b([A-Z])=(\S+)", RECIPE))
+COMMANDS = re.findall(r"^    python ((?:data|train|evaluate)\.py [^#\n]*)", RECIPE, re.MULTILINE)
 SMALL = {"accuracy": "--limit 12 --max-new-tokens 12 --batch-size 24 --device cpu",
+         "exposure": "--limit 3 --max-new-tokens 5 --samples 2 --device cpu",
          "train.py": "--steps 2 --batch-size 2 --grad-accum 1 --lr 1e-3 --device cpu"}
+
+
+def code_block(first_line: str) -> str:
+    """The indented block of the README that begins with this line."""
+    start = README.index(f"    {first_line}")
+    lines = []
+    for line in README[start:].splitlines():
+        if line and not line.startswith("    "):
+            break
+        lines.append(line[4:])
+    return "\n".join(lines)
 
 
 def publish(shared, tmp_path):
@@ -49,17 +64,6 @@ def publish(shared, tmp_path):
         HUB.repos[f"models/Qwen/{name}"] = {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
-def replies(tokenizer):
-    """What a server says to the first problems: made text with made log-probabilities."""
-    rng = random.Random(0)
-    for problem in data.load_problems("gsm8k:train")[:8]:
-        text = f"That is \\boxed{{{rng.randrange(9)}}}."
-        ids = [*tokenizer.encode(text), tokenizer.end]
-        yield {**problem, "model": "big", "choices": [
-            {"finish_reason": "stop", "message": {"content": text}, "token_ids": ids, "logprobs": {
-                "content": [{"token": f"token_id:{i}", "logprob": -rng.random()} for i in ids]}}]}
-
-
 def test_recipes(shared, tmp_path, monkeypatch, capsys):
     """Guards commands that do not parse or do not fit together: a prompt, id or number lost on the
     way from the Hub's problems to the student's accuracy."""
@@ -68,34 +72,34 @@ def test_recipes(shared, tmp_path, monkeypatch, capsys):
         prediction and zlib.crc32((prediction + gold).encode()) % 3))
     monkeypatch.chdir(tmp_path)
     publish(shared, tmp_path)
-    shutil.copyfile(shared / "benchmarks/gsm8k/train.jsonl", "train.jsonl")
-    lines = Path("train.jsonl").read_text(encoding="utf-8").splitlines()[:8]
-    Path("train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    snippet = re.search(r"^    import json\n(?:    .*\n)+", RECIPE, re.MULTILINE)[0]
-    exec(re.sub(r"^    ", "", snippet, flags=re.MULTILINE), {})  # noqa: S102
-    student = data.Tokenizer("Qwen/Qwen2.5-0.5B")
-    data.write_jsonl("replies.jsonl", replies(student))
+    data.write_jsonl("plain.jsonl", [{"prompt": f"{i}+2?", "response": f"It is {i + 2}."}
+                                     for i in range(4)])
+    assert len(COMMANDS) == 17
     mains = {"data.py": data.main, "evaluate.py": evaluate.main,
              "train.py": lambda words: train.train(train.parse_args(words))}
-    assert len(COMMANDS) == 15
     for command in COMMANDS:
-        script, *words = shlex.split(command)
+        script, *words = shlex.split(re.sub(r"\$(\w)", lambda name: VARIABLES[name[1]], command))
+        if words[0] == "compare":
+            words[1:] = ["t.jsonl", "t.jsonl"]
         kind = script if script == "train.py" else words[0]
         mains[script]([*words, *shlex.split(SMALL.get(kind, ""))])
     printed = capsys.readouterr().out
-    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train: accuracy 0.") == 3
+    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train: accuracy 0.") == 3 + 2
     assert "runs/discord on gsm8k: accuracy 0." in printed
+    assert "A - B: +0.0000, 95 % interval +0.0000 to +0.0000" in printed
+    assert "| runs/low " in printed and "| runs/high " in printed
     assert Path("runs/discord/gsm8k-greedy.jsonl").exists()
 
-    teacher = [record for _, record in data.read_jsonl("teacher.jsonl")]
+    student = data.Tokenizer(VARIABLES["S"])
+    teacher = [record for _, record in data.read_jsonl("t.jsonl")]
     assert len(teacher) == 12 * 4 and len({record["id"] for record in teacher}) == 12
     for record in teacher:
         assert record["rendered"].count("put your final answer within \\boxed{}.") == 1
         assert record["rendered"].startswith("<|im_start|>system\nYou are Qwen, created by Alibaba")
         if not record["response"].strip():
             continue  # ended at once, and wrong
-        example = data.encode(record, student, "line 1", teacher=True)
-        text = student.backend.decode(example.tokens[:example.prompt], skip_special_tokens=False)
+        example = data.encode_trace(record, student, "line 1", teacher=True)
+        text = student.decode(example.tokens[:example.prompt_length].tolist())
         assert text == record["rendered"].replace("You are Qwen, created by Alibaba Cloud. You are "
                                                   "a", "You are a")  # the base model's template
     run = json.loads(Path("runs/discord/run.json").read_text())
@@ -103,16 +107,79 @@ def test_recipes(shared, tmp_path, monkeypatch, capsys):
     assert run["traces"] == right and sum(run["dropped"].values()) == 48 - right > 4
     mixed = [record for _, record in data.read_jsonl("mixed.jsonl")]
     assert any(record["correct"] and record["finished"] for record in mixed)
-    served = [record for _, record in data.read_jsonl("traces.jsonl")]
-    assert all(record["teacher"] == "Qwen/Qwen2.5-7B-Instruct" for record in served)  # the last one
-    theirs = AutoModelForCausalLM.from_pretrained("runs/dasd", dtype=torch.float32)
+    scored = [record for _, record in data.read_jsonl("scored.jsonl")]
+    assert [record["teacher"] for record in scored] == [VARIABLES["T"]] * 4
+    assert Path("weights.html").read_text(encoding="utf-8").count("mean weight") == 4
+    theirs = AutoModelForCausalLM.from_pretrained("dasd", dtype=torch.float32)
     assert theirs.config.vocab_size == 151936
 
 
+# What servers return: (text, finish_reason, stop_reason, what is wrong with the log-probabilities)
+REPLIES = {
+    "right": ("f=2 #### 2", "stop", None, None),
+    "wrong": ("f=2 #### 3", "stop", None, None),
+    "cut off": ("a=1 b=2", "length", None, None),
+    "stopped by a string": ("a=1", "stop", "####", None),
+    "stopped by another EOS": ("f=2 #### 2", "stop", 1, None),
+    "the floor": ("f=2 #### 2", "stop", None, -9999.0),
+    "null": ("f=2 #### 2", "stop", None, None),
+}
+
+
+def made_replies(tokenizer, form):
+    """One reply for each case, in the form of vLLM's offline outputs or of its server."""
+    outputs = []
+    for name, (text, finish_reason, stop_reason, floor) in REPLIES.items():
+        ids = tokenizer.encode(text)
+        if finish_reason == "stop" and not isinstance(stop_reason, str):
+            ids = [*ids, stop_reason or tokenizer.eot_id]
+        logprobs = [-0.25 * i for i in range(len(ids))]
+        if floor:
+            logprobs[1] = floor
+        if name == "null":
+            logprobs[1] = None
+        if form == "offline":
+            tables = [{i: SimpleNamespace(logprob=value), 9999: SimpleNamespace(logprob=-20.0)}
+                      for i, value in zip(ids, logprobs, strict=True)]
+            choice = SimpleNamespace(text=text, token_ids=ids, logprobs=tables,
+                                     finish_reason=finish_reason, stop_reason=stop_reason)
+            outputs.append(SimpleNamespace(outputs=[choice]))
+        else:
+            content = [{"token": "?", "logprob": value, "bytes": None, "top_logprobs": []}
+                       for value in logprobs]
+            outputs.append({"usage": {}, "choices": [{
+                "message": {"role": "assistant", "content": text}, "token_ids": ids,
+                "logprobs": {"content": content}, "finish_reason": finish_reason,
+                "stop_reason": stop_reason}]})
+    return outputs
+
+
+@pytest.mark.parametrize("form", ["offline", "served"])
+def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
+    """Guards the README's lines: what a server cut off, or has no number for, must be dropped and
+    counted; what is usable must keep the server's ids and numbers, to the end of turn."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = data.Tokenizer(toy_model)
+    problems = [{"id": name, "prompt": "0 a+4", "answer": "2"} for name in REPLIES]
+    monkeypatch.setattr(data, "load_problems", lambda name: problems)
+    code = code_block("import data, evaluate")
+    if form == "served":
+        before, _, loop = code.partition("for problem, output")
+        code = before + code_block("for problem, reply") + "\n" + loop.splitlines()[-1]
+    replies = made_replies(tokenizer, form)
+    exec(code, {"outputs": replies, "replies": replies})  # noqa: S102
+    examples, dropped = data.load_traces("served.jsonl", tokenizer, 64, teacher=True)
+    assert dropped == {"wrong": 1, "unfinished": 2, "with a log-probability of null or -9999": 2}
+    ids = tokenizer.encode("f=2 #### 2")
+    for example, last in zip(examples, (tokenizer.eot_id, 1), strict=True):
+        assert example.tokens[example.prompt_length:].tolist() == [*ids, last]
+        assert example.teacher_logp.tolist() == [0, -0.25, -0.5, -0.75]
+
+
 @pytest.mark.parametrize("command", sorted(set(re.findall(
-    r"python ((?:data|train|evaluate)\.py(?: [^\n#`;&)]*)?)", README))))
-def test_readme_commands_have_these_options(command, capsys):
-    """Guards commands and options of the README that do not exist."""
+    r"python ((?:data|train|evaluate)\.py(?: [^\n#`;&)]*)?)", README + EVIDENCE))))
+def test_commands_have_these_options(command, capsys):
+    """Guards commands and options of the READMEs that do not exist."""
     script, *words = shlex.split(command)
     with pytest.raises(SystemExit) as stopped:
         if script == "train.py":
@@ -124,18 +191,18 @@ def test_readme_commands_have_these_options(command, capsys):
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", said))
 
 
-def test_readme_sizes_and_code_are_those_of_the_files():
+def test_sizes_code_and_links_are_those_of_the_files():
     """Guards line counts and quoted code that have gone stale, and links to what is not there."""
-    home = Path(__file__).parents[1]
     sizes = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    assert sizes == {name: str(len((home / name).read_text().splitlines())) for name in (
+    assert sizes == {name: str(len((HOME / name).read_text().splitlines())) for name in (
         "loss.py", "model.py", "data.py", "evaluate.py", "train.py")}
-    quoted = [line.strip() for start in ("which is, in `discord_weight`", "tests/test_bridge.py; ")
-              for block in re.findall(r"\n((?:\n|    +.*\n)+)", README.partition(start)[2])[:1]
-              for line in block.splitlines() if line.strip()]
-    assert len(quoted) >= 12
-    code = "\n".join((home / name).read_text() for name in (
-        "loss.py", "train.py", "tests/test_bridge.py"))
-    assert [line for line in quoted if line not in code] == []
-    links = re.findall(r"\]\(([^)#:]+)\)|\b(tests/\w+\.py)", README)
-    assert [a or b for a, b in links if not (home / (a or b)).exists()] == []
+    code = "\n".join((HOME / name).read_text() for name in ("loss.py", "train.py"))
+    quoted = [line.strip() for line in README.partition("## The method")[2].partition("\n5. ")[0]
+              .splitlines() if line.startswith("       ")]
+    assert len(quoted) == 4 and [line for line in quoted if line not in code] == []
+    bridge = (HOME / "tests/test_bridge.py").read_text()
+    lines = EVIDENCE.partition("    class DisCorD")[2].partition("\n\nOn one")[0].splitlines()[1:]
+    assert len(lines) >= 8 and [line for line in lines if line.strip() not in bridge] == []
+    for folder, text in ((HOME, README), (HOME / "tests", EVIDENCE)):
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        assert links and [link for link in links if not (folder / link).exists()] == []

@@ -23,21 +23,21 @@ def test_changed_weight(toy_model, traces, tmp_path, monkeypatch, gamma, floor, 
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
     student, tokenizer = data.load(toy_model)
     examples = data.load_traces(traces, tokenizer, 64, teacher=True)[0][:7]
-    support = data.response_logp(student, examples, tokenizer.vocab_size)
+    support = data.response_logp(student, examples)
     if probed:
         folder = tmp_path / "probe"
         folder.mkdir()
         for file in toy_model.glob("tokenizer*"):
             (folder / file.name).write_bytes(file.read_bytes())
         make_hf(folder, "qwen2", seed=9, vocab_size=129, num_hidden_layers=1)
-        other = data.response_logp(Transformer.from_pretrained(folder), examples, 129)
+        other = data.response_logp(Transformer.from_pretrained(folder), examples)
         support = [np.maximum(a, b) for a, b in zip(support, other, strict=True)]
     study.changed(traces, gamma, floor, tmp_path / "probe" if probed else None)
     batch = data.collate(examples)
-    found = train.backward(student, batch, options("s", "t", "o"), len(batch.y), 129)[2].item()
+    found = train.backward(student, batch, options("s", "t", "o"), len(batch.labels))[2].item()
     expected = 0.0
     for example, q_logp in zip(examples, support, strict=True):
-        r = [float(q) - float(p) for q, p in zip(q_logp, example.p_logp, strict=True)]
+        r = [float(q) - float(p) for q, p in zip(q_logp, example.teacher_logp, strict=True)]
         for t in range(len(r)):
             seen = sum(gamma ** (k - t) * r[k] for k in range(t, len(r)))
             expected += max(floor, 2 / (1 + math.exp(-seen / loss.TAU)))
