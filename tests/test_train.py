@@ -119,7 +119,7 @@ def test_recomputed_activations_are_the_same(toy_model, traces, tmp_path, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "more"), [
-    ("float32", []), ("bfloat16", []), ("float32", ["--recompute"])])
+    ("bfloat16", []), ("float32", ["--recompute"])])
 def test_compiled_run_is_the_same(toy_model, traces, tmp_path, monkeypatch, dtype, more):
     """Guards --compile: weights frozen into the graph (the cast ones change with each step), a
     graph for each block or each shape (at most two: one more when the shape changes), and an option
