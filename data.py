@@ -391,13 +391,13 @@ def show_example(example: Example, tokenizer: Tokenizer) -> str:
 
 # ---- The commands score, select and mix: JSONL in, JSONL out
 @torch.no_grad()
-def response_logp(model: Transformer, examples: list[Example],
-                  batch_size: int = 16) -> list[np.ndarray]:
+def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> list:
     """fp32 log-probabilities, at temperature 1, of the tokens of each response."""
     device = model.model.embed_tokens.weight.device
     order = np.argsort([len(example.tokens) for example in examples], kind="stable")
     results: list = [None] * len(examples)
-    for start in tqdm(range(0, len(order), batch_size), "scoring", disable=None):
+    quiet = len(order) <= batch_size or None  # None: a bar where there is a terminal
+    for start in tqdm(range(0, len(order), batch_size), "scoring", disable=quiet):
         rows = order[start:start + batch_size]
         batch = collate([examples[i] for i in rows], device)
         hidden = model(batch.tokens).flatten(0, 1)[batch.positions]  # [N, D]

@@ -473,8 +473,8 @@ def accuracy(args: argparse.Namespace) -> None:
     print(f"{summary_line(records)}; {out}")
 
 def default_out(args: argparse.Namespace) -> Path:
-    """BENCHMARK-DECODING.jsonl in the model's folder; for a Hub name, in ./answers."""
-    folder = Path(args.model if Path(args.model).is_dir() else "answers")
+    """BENCHMARK-DECODING.jsonl in the model's folder; for a Hub name, in answers/NAME."""
+    folder = Path(args.model if Path(args.model).is_dir() else f"answers/{args.model}")
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     return folder / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
 
@@ -654,7 +654,7 @@ def main(argv: list[str] | None = None) -> None:
     add = add_command(accuracy)
     add("--model", required=True, help="HF folder or Hub name")
     add("--out", help="OUT.jsonl: a record per answer; a teacher's are traces (default: "
-        "BENCHMARK-DECODING.jsonl in the model's folder, or in ./answers)")
+        "BENCHMARK-DECODING.jsonl in the model's folder, or in answers/NAME)")
     add("--resume", action="store_true", help="continue an interrupted evaluation")
     add("--samples", type=positive, default=1, help="answers per problem (default: 1)")
     add("--temperature", type=data.number(float, 0), default=0.0, help="default: 0, greedy")
