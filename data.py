@@ -63,7 +63,6 @@ def read_jsonl(path: PathLike) -> Iterator[tuple[str, dict]]:
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Give a temporary path for a file or folder; move it to `path` once it is whole."""
     temporary = Path(f"{path}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
