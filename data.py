@@ -146,7 +146,6 @@ class Tokenizer:
         self.backend.no_truncation()
         self.vocab = self.backend.get_vocab()
         self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
-        self.added_ids = set(self.backend.get_added_tokens_decoder())
         file = self.folder / "tokenizer_config.json"
         config = read_json(file) if file.exists() else {}
         if config.get("legacy") is False and "\u2581" in self.vocab:
@@ -182,8 +181,9 @@ class Tokenizer:
             if answer:  # a template may have no place for an answer
                 candidates = self.backend.encode(after, add_special_tokens=False).tokens
         candidates.append(self.special_tokens.get("eos_token", ""))
+        added = self.backend.get_added_tokens_decoder()
         for token in candidates:
-            if self.vocab.get(token) in self.added_ids:
+            if self.vocab.get(token) in added:
                 return self.vocab[token]
         raise BadInput(f"{self.folder}: no end-of-turn token in the chat template, and no "
                        "eos_token in tokenizer_config.json")
@@ -320,8 +320,8 @@ def drop_reason(record: dict, teacher: bool = False) -> str:
 
 def read_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.inf,
                 teacher: bool = False) -> tuple[list, Counter]:
-    """(record, example) of each usable trace, and why how many others were dropped. A long
-    one is dropped, not cut: half a trace teaches the student not to stop."""
+    """(record, example) of each usable trace, and counts of the dropped ones by reason. A
+    long trace is dropped, not cut: half a trace teaches the student not to stop."""
     traces, dropped = [], Counter()
     for where, record in tqdm(read_jsonl(path), "reading traces", disable=None):
         reason = drop_reason(record, teacher)
@@ -437,7 +437,7 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
 def select(args: argparse.Namespace) -> None:
     """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with most
     sentences that the teacher finds twice as likely as the student, per token."""
-    re.compile(args.separator)  # a wrong one is told before the work
+    re.compile(args.separator)  # an invalid one must fail before the long work
     student, tokenizer = load(args.student, args.dtype, args.device)
     traces, dropped = read_traces(args.traces, tokenizer, teacher=True)
     logps = response_logp(student, [example for _, example in traces])
@@ -469,7 +469,7 @@ def mix(args: argparse.Namespace) -> None:
             ids = response_ids(record, tokenizer, where)[:limit]
         cut_off = record.get("finished") is False or len(ids) == limit
         if ids and (cut_off or args.continue_all):
-            if not cut_off or ids[-1] == tokenizer.eot_id:
+            if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
                 ids = ids[:-1]
             problem = {key: record[key] for key in ("prompt", "messages") if key in record}
             problem["id"] = f"{record['id']}/{record.get('sample', 0)}"
@@ -613,7 +613,7 @@ def save_toy_model(folder: Path, layers: int, width: int, seed: int) -> None:
     Transformer(config).save_pretrained(folder)
 
 def build_toy(root: Path, seed: int) -> None:
-    """Untrained models, lessons, problems to train on and to hold out. What exists stays.
+    """Untrained models, lessons, training and held-out problems. Existing problems stay.
     The seed changes the student, its lessons and its problems, not the teacher."""
     home = root / f"seed{seed}"
     save_toy_model(root / "blank-teacher", layers=2, width=96, seed=0)

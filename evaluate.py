@@ -589,12 +589,12 @@ def token_span(piece: str, w: float, title: str = "") -> str:
 def weights(args: argparse.Namespace) -> None:
     """Write a page of the first ten traces, each token in the color of its weight."""
     student, tokenizer = data.load(args.student, args.dtype, args.device)
-    examples = data.load_traces(args.traces, tokenizer, teacher=True)[0][:10]
+    examples, dropped = data.load_traces(args.traces, tokenizer, teacher=True)
     page = [PAGE, f"<p>w = 2 sigmoid((log q - log p) / {args.tau:g}), student "
             f"{html.escape(args.student)}. Orange tokens count less than in SFT (dotted: "
             "w < 0.5), violet ones more (double: w > 1.5). Point at one to see q, p and w."]
-    logps = data.response_logp(student, examples)
-    for example, q_logp in zip(examples, logps, strict=True):
+    logps = data.response_logp(student, examples[:10])
+    for example, q_logp in zip(examples, logps, strict=False):
         start, p_logp = example.prompt_length, example.teacher_logp
         w = loss.discord_weight(torch.tensor(q_logp), torch.tensor(p_logp), args.tau)
         prompt = tokenizer.decode(example.tokens[:start].tolist())
@@ -608,7 +608,7 @@ def weights(args: argparse.Namespace) -> None:
         page.append(f" (mean weight {w.mean():.3f})")
     with data.atomic_write(args.out) as temporary:
         temporary.write_text("".join(page), encoding="utf-8")
-    print(f"{args.out}: {len(examples)} traces")
+    print(f"{args.out}: {len(logps)} traces; dropped: {dict(dropped)}")
 
 def report(args: argparse.Namespace) -> None:
     """Print a table of finished runs: accuracy +- standard error in their answers."""
