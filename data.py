@@ -105,9 +105,17 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable:
 
 def add_model_options(add: Callable) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the computation (default: float32)")
-    add("--device", default=device, help=f"cpu or cuda (default: {device})")
+    add("--device", default=device, help=f"cpu or cuda (default here: {device})")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the computation (default: "
+        "bfloat16 on a GPU, float32 on a CPU)")
+
+def parse_args(parser: argparse.ArgumentParser,
+               argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; a --dtype that is not given depends on --device."""
+    args = parser.parse_args(argv)
+    if "dtype" in args:
+        args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    return args
 
 def run_command(main: Callable) -> None:
     """Run a program. Bad input and interrupts become one line, not a traceback."""
@@ -652,7 +660,7 @@ def main(argv: list[str] | None = None) -> None:
             add("--keep", type=number(float, 1e-9, 1), default=0.5, help="share of traces")
             add("--separator", default=r"(?<=[.!?])\s+|\n+",
                 help="regular expression that splits sentences")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     args.run(args)
 
 if __name__ == "__main__":

@@ -648,7 +648,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"(default for a benchmark with a name: {data.SUFFIX!r})")
             add("--limit", type=count, default=0, help="only the first problems")
             add("--max-new-tokens", type=positive, default=1024, help="default: 1024")
-            add("--batch-size", type=positive, default=64, help="answers (default: 64)")
+            size = 256 if torch.cuda.is_available() else 16
+            add("--batch-size", type=positive, default=size,
+                help="answers at a time (default: 256 with a GPU, else 16)")
             add("--seed", type=count, default=0, help="of the answers (default: 0)")
         return add
     add = add_command(accuracy)
@@ -673,7 +675,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tau", type=data.number(float, 1e-9), default=loss.TAU, help="default: 0.7")
     add = add_command(report)
     add("runs", nargs="+", help="folders of train.py, with answers of `accuracy` in them")
-    args = parser.parse_args(argv)
+    args = data.parse_args(parser, argv)
     args.run(args)
 
 if __name__ == "__main__":

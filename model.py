@@ -133,9 +133,27 @@ def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 class KVCache:
     """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]."""
     def __init__(self, config: Config, batch: int, columns: int, like: Tensor):
+        columns += -columns % 64
         self.data = like.new_zeros(2, config.num_hidden_layers, batch,
                                    config.num_key_value_heads, columns, config.head_dim)
         self.length = 0  # columns in use
+        self.position = torch.tensor(0, device=like.device)  # the same, for a CUDA graph
+
+# cuDNN would plan anew, for up to a second, whenever B or T is new: in most batches.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, H, T, Dh], k and v [B, K, columns, Dh] -> [B, H, T, Dh]; no mask: causal.
+    A GPU's fast kernels take a mask or shared key heads, not both."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    shared = q.shape[1] // k.shape[1]
+    if q.shape[2] > 1:  # prompts: each head gets a copy of its keys and values
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    # One token: the heads that share a key head become its queries.
+    queries = q.view(len(q), -1, shared, q.shape[-1])  # [B, K, H / K, Dh]
+    return F.scaled_dot_product_attention(queries, k, v, mask).reshape(q.shape)
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
@@ -166,8 +184,7 @@ class Attention(nn.Module):
         if past is not None:
             cache, columns = past  # this layer's [2, B, K, :, Dh]; where k and v go [T]
             k, v = cache.index_copy_(3, columns, torch.stack((k, v)))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           enable_gqa=True)
+        y = attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -218,10 +235,12 @@ class Transformer(nn.Module):
         end = columns = start + tokens.shape[1]
         if cache is not None:
             cache.length = end
-            # Round up to 64 columns: compilers and CUDA graphs want the same shapes again.
-            columns = min(end + -end % 64, cache.data.shape[4])
+            columns = end + -end % 64  # kernels want even sizes, compilers the same again
         column = torch.arange(columns, device=x.device)
-        query = column[start:end]
+        query = column[:tokens.shape[1]]
+        if cache is not None:
+            query = query + cache.position
+            cache.position += len(query)
         positions = query[None]  # [1 or B, T]
         mask = None  # or [T, columns], with pad [B, 1, T, columns]
         if start or pad is not None:
@@ -230,6 +249,8 @@ class Transformer(nn.Module):
             positions = (positions - pad[:, None]).clamp(min=0)
             mask = mask & (column >= pad[:, None, None, None])
             mask = mask | (column == query[:, None])  # a query without any column gives NaN
+        if mask is not None:
+            mask = mask.to(x.dtype).log()  # 0 or -infinity, added to the scores
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for i, block in enumerate(self.model.layers):
             past = None
@@ -278,8 +299,9 @@ class Transformer(nn.Module):
         length = torch.zeros_like(pad)
         done = length > 0
         rows = torch.arange(B, device=device)  # of the batch, without those that left it
+        decode = CudaGraph() if device.type == "cuda" else next_logits
         for step in range(max_new_tokens):
-            logits = self.logits(self(tokens, cache, pad)[:, -1]).float()
+            logits = decode(self, tokens, cache, pad).float()
             token = sample_token(logits, temperature, draws[rows, step, None])
             new_tokens[rows, step] = token
             chosen = logits.gather(-1, token[:, None])[:, 0]
@@ -322,6 +344,8 @@ class Transformer(nn.Module):
             if tied and head.equal(state["model.embed_tokens.weight"]):
                 del state["lm_head.weight"]  # it was saved twice
             network.load_state_dict(state, strict=True, assign=True)
+        except torch.OutOfMemoryError:  # a RuntimeError, too, but no fault of the file
+            raise
         except (SafetensorError, OSError, RuntimeError, LookupError, TypeError,
                 AttributeError) as error:
             raise BadInput(f"{file}: missing, corrupt, truncated, or not what config.json "
@@ -356,6 +380,31 @@ class Transformer(nn.Module):
             # config.json moves last: a folder that has one is complete.
             for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(folder / file.name)
+
+def next_logits(model: Transformer, tokens: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+    return model.logits(model(tokens, cache, pad)[:, -1])
+
+class CudaGraph:
+    """`next_logits` as one launch instead of 700. A step of a new shape runs as usual, the
+    next one like it is recorded, and all that follow replay the record: the kernels, with
+    the addresses of their tensors."""
+    shape: tuple = ()
+
+    def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache,
+                 pad: Tensor) -> Tensor:
+        shape = (*tokens.shape, cache.length // 64)  # columns come 64 at a time
+        if shape != self.shape:
+            self.shape, self.graph = shape, None
+            return next_logits(model, tokens, cache, pad)
+        if self.graph is None:
+            self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
+            with torch.cuda.graph(self.graph):
+                self.logits = next_logits(model, self.tokens, cache, pad)
+        else:
+            cache.length += 1
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 def sample_token(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
     """One token a row, by inverting the cumulative distribution: [B, V], [B, 1] -> [B]."""

@@ -8,6 +8,7 @@ made) and log.jsonl (the log lines). To resume an interrupted run, add --resume.
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -31,11 +32,11 @@ import evaluate
 import loss
 from model import Transformer, check, read_json
 
-CHUNK = 256  # rows that have logits at the same time
+CHUNK = {"cpu": 256, "cuda": 1024}  # rows that have logits at the same time
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
 TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
-                "steps": 800, "max_length": 64, "log_every": 100}
+                "steps": 800, "max_length": 64, "log_every": 100, "dtype": "float32"}
 TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2,  # the best of a grid
           "rkl": 3e-3, "discord": 1e-3}
 
@@ -80,15 +81,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the blocks (needs g++)")
     add("--log-every", type=positive, default=10, help="steps per line (default: 10)")
     add("--save-every", type=positive, default=500, help="per checkpoint (default: 500)")
-    args = parser.parse_args(argv)
+    args = data.parse_args(parser, argv)
     if args.student is None:
         parser.set_defaults(**TOY_DEFAULTS)
-        args = parser.parse_args(argv)
+        args = data.parse_args(parser, argv)
     if (args.student is None) != (args.traces is None) or not args.out:
         parser.error("give --student, --traces and --out; or none, for the toy world")
     return args
 
 # ---- One optimizer step
+compiled_losses = torch.compile(loss.token_losses, dynamic=True)  # at the first call
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine from lr down to lr / 10."""
     warmup = round(WARMUP * args.steps)
@@ -101,12 +104,16 @@ def recompute_block(block: torch.nn.Module, *args: object) -> Tensor:
     """Activation checkpointing (arXiv 1604.06174). The recomputation needs the cast weights
     of `backward`, so they are passed as arguments."""
     weights = dict(block.named_parameters())
-    return checkpoint(functional_call, block, weights, args, use_reentrant=False)
+    return checkpoint(functional_call, block, weights, args, use_reentrant=False,
+                      preserve_rng_state=False)  # nothing in a block is random
 
 def resample_on_policy(student: Transformer, micro_batches: list[list[data.Example]],
                        step: int, args: argparse.Namespace) -> None:
     """Replace a random share of the traces by the student's own answers at temperature 1,
     at most as long as the longest trace of the micro-batch (GKD, arXiv 2306.13649)."""
+    writer = student
+    if args.dtype == "bfloat16":
+        writer = copy.deepcopy(student).bfloat16()
     first = 0
     for examples in micro_batches:
         seeds = [(args.seed, step, first + i) for i in range(len(examples))]
@@ -121,7 +128,7 @@ def resample_on_policy(student: Transformer, micro_batches: list[list[data.Examp
         for i in chosen:
             prompts.append(examples[i].tokens[:examples[i].prompt_length].tolist())
         longest = max(len(example.tokens) - example.prompt_length for example in examples)
-        answers = student.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
+        answers = writer.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
         for i, prompt, (ids, _) in zip(chosen, prompts, answers, strict=True):
             examples[i] = data.Example(np.array(prompt + ids), len(prompt))
 
@@ -141,16 +148,18 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
     rows = hidden.detach().requires_grad_()
     sums = torch.zeros(4, dtype=torch.double, device=rows.device)
-    for start in range(0, len(rows), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    size = CHUNK[rows.device.type]
+    token_losses = compiled_losses if args.compile else loss.token_losses
+    for start in range(0, len(rows), size):
+        chunk = slice(start, start + size)
         p_logits = p_logp = None
         if teacher is not None:
             p_logits = teacher.logits(p_hidden[chunk])
         elif batch.teacher_logp is not None:
             p_logp = batch.teacher_logp[chunk]
         q_logits = F.linear(rows[chunk], head)[:, :student.vocab_size]
-        losses, w = loss.token_losses(args.objective, q_logits, batch.labels[chunk],
-                                      p_logits, p_logp, args.tau, args.beta)
+        losses, w = token_losses(args.objective, q_logits, batch.labels[chunk],
+                                 p_logits, p_logp, args.tau, args.beta)
         total = (w * losses).sum()
         (total / tokens).backward()
         w = w.double()  # in fp32, the square of a tiny weight is 0
@@ -161,7 +170,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
 # ---- Runs and checkpoints
 def peak_memory_gb(device: str) -> float:
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
@@ -170,7 +179,8 @@ def load_run(args: argparse.Namespace) -> dict:
     out = Path(args.out)
     file = out / "run.json"
     options = dict(vars(args))
-    del options["resume"], options["out"]
+    for name in ("resume", "out", "device"):  # a run may continue on another device
+        del options[name]
     with open(args.traces, "rb") as traces:
         options["traces_sha256"] = hashlib.file_digest(traces, "sha256").hexdigest()
     if not file.exists():
@@ -352,7 +362,7 @@ def toy(args: argparse.Namespace) -> None:
 
     def run_accuracy(model: Path, benchmark: Path, *options: object) -> None:
         command = ["accuracy", "--resume", "--batch-size", 500, "--device", args.device,
-                   "--model", model, "--benchmark", benchmark, *options]
+                   "--dtype", "float32", "--model", model, "--benchmark", benchmark, *options]
         evaluate.main(list(map(str, command)))
 
     # The teacher has two layers and skips steps. The student has one, and never saw a skip.

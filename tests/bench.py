@@ -2,10 +2,12 @@
 
 One table: medians of the ratio over alternating rounds, and their spread. The same random weights
 on both sides; a Qwen2 of Qwen2.5's vocabulary, narrow enough for a CPU, the real 0.5B and 1.5B
-shapes on a GPU (--shape). Not a test; --rounds 5 takes about ten minutes on two cores.
+shapes on a GPU (--shape). Not a test; --rounds 5 takes about ten minutes on two cores, five on a
+GPU. `python tests/bench.py options loop` compares with and without --compile and --recompute.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -19,6 +21,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,6 +64,12 @@ class Bench:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
         model.to(torch.float32).save_pretrained(self.folder)
+        words = tokenizers.models.WordLevel({str(i): i for i in range(V)}, unk_token="0")
+        backend = tokenizers.Tokenizer(words)
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens([str(V - 1)])
+        backend.save(str(self.folder / "tokenizer.json"))
+        (self.folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": str(V - 1)}))
 
     # ---- both sides
     def ours(self) -> Transformer:
@@ -72,8 +81,8 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, attn_implementation="sdpa").to(self.args.device)
 
-    def examples(self, ragged: bool) -> list[data.Example]:
-        rng, count = np.random.default_rng(0), self.args.batch
+    def examples(self, ragged: bool, count: int = 0) -> list[data.Example]:
+        rng, count = np.random.default_rng(0), count or self.args.batch
         lengths = LENGTHS[:count] if ragged else [(1, self.args.length - 1)] * count
         return [data.Example(rng.integers(0, V, a + b).astype(np.int32), a,
                              np.full(b, -3, dtype=np.float32)) for a, b in lengths]
@@ -92,7 +101,8 @@ class Bench:
             self.wait()
         return step
 
-    def their_step(self, model, examples):
+    def their_step(self, model, examples, accumulate=1):
+        """One optimizer step; logits of 64 x 512 x V do not fit, so they may come in parts."""
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, (0.9, 0.95), weight_decay=0.0,
                                       fused=True)
         longest = max(len(example.tokens) for example in examples)
@@ -106,10 +116,12 @@ class Bench:
         tokens, labels, mask = (x.to(self.args.device) for x in (tokens, labels, mask))
 
         def step() -> None:
-            with torch.autocast(self.args.device, torch.bfloat16,
-                                enabled=self.dtype == torch.bfloat16):
-                loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-            loss.backward()
+            for x, m, y in zip(tokens.chunk(accumulate), mask.chunk(accumulate),
+                               labels.chunk(accumulate), strict=True):
+                with torch.autocast(self.args.device, torch.bfloat16,
+                                    enabled=self.dtype == torch.bfloat16):
+                    loss = model(input_ids=x, attention_mask=m, labels=y).loss
+                (loss / accumulate).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -174,17 +186,24 @@ def training(bench: Bench) -> None:
             others["TRL"] = trl_step(bench, examples)
         bench.row(name, tokens, "tok/s", bench.our_step(ours, examples), others,
                   bench.flops(examples) / peak)
+    if bench.args.large:
+        examples = bench.examples(False, bench.args.large)
+        parts = bench.args.large // bench.args.batch
+        bench.row(f"training step, {bench.args.large} x {bench.args.length}",
+                  bench.args.large * bench.args.length, "tok/s", bench.our_step(ours, examples),
+                  {f"transformers in {parts} parts": bench.their_step(theirs, examples, parts)},
+                  bench.flops(examples) / peak)
 
 
 def trl_step(bench: Bench, examples: list[data.Example]):
     """One optimizer step of TRL's SFTTrainer on the same traces, its loop included."""
     import datasets
     import trl
-    from tokenizers import Tokenizer, models
     rows = [{"input_ids": e.tokens.tolist(), "completion_mask":
              [0] * e.prompt_length + [1] * (len(e.tokens) - e.prompt_length)} for e in examples]
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>")),
+        tokenizer_object=tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<eos>")),
         eos_token="<eos>", pad_token="<eos>", unk_token="<eos>")
     trainer = trl.SFTTrainer(
         bench.theirs(), trl.SFTConfig(
@@ -204,17 +223,53 @@ def objectives(bench: Bench) -> None:
     bench.row("DisCorD step, seconds of SFT over its", tokens, "tok/s",
               bench.our_step(ours, examples, "discord"),
               {"SFT": bench.our_step(ours, examples)})
-    again, compiled = bench.ours(), bench.ours()
-    again.block_forward = train.recompute_block
-    for block in compiled.model.layers:
-        block.compile()
-    for option, model in (("--recompute", again), ("--compile", compiled)):
-        bench.row(f"step with {option}, seconds of SFT over its", tokens, "tok/s",
-                  bench.our_step(model, examples), {"SFT": bench.our_step(ours, examples)})
     for name in ("kl", "todi", "gkd"):
         bench.row(f"{name} step, teacher in memory", tokens, "tok/s",
                   bench.our_step(ours, examples, name, teacher),
                   {"SFT": bench.our_step(ours, examples)})
+
+
+def options(bench: Bench) -> None:
+    """A step with --recompute and --compile, at the largest batch; its peak memory on a GPU."""
+    examples = bench.examples(False, bench.args.large)
+    tokens = sum(len(example.tokens) for example in examples)
+    peak, _ = bench.peaks()
+    plain = bench.our_step(bench.ours(), examples)
+    for name in ("", "--recompute", "--compile", "--compile --recompute"):
+        model = bench.ours()
+        if "recompute" in name:
+            model.block_forward = train.recompute_block
+        if "compile" in name:
+            for block in model.model.layers:
+                block.compile()
+        step = bench.our_step(model, examples)
+        step()
+        if bench.args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            name += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB)"
+        bench.row(f"step {name}", tokens, "tok/s", step, {"a plain step": plain},
+                  bench.flops(examples) / peak)
+        del model, step
+
+
+def loop(bench: Bench) -> None:
+    """train.py itself on ragged traces: tokens a second at its first and at its last log line."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        traces = [{"prompt": " ".join(map(str, rng.integers(0, V - 1, a - 1))), "response":
+                   " ".join(map(str, rng.integers(0, V - 1, b - 1)))} for a, b in LENGTHS * 10]
+        data.write_jsonl(f"{folder}/traces.jsonl", traces)
+        for name in bench.args.loop:
+            command = ["--student", str(bench.folder), "--traces", f"{folder}/traces.jsonl",
+                       "--out", f"{folder}/out{name}", "--objective", "sft", "--log-every", "5",
+                       "--dtype", bench.args.dtype, "--device", bench.args.device,
+                       "--steps", "40" if bench.args.device == "cuda" else "10", *name.split()]
+            with contextlib.redirect_stdout(None):
+                train.train(train.parse_args(command))
+            log = [line for _, line in data.read_jsonl(f"{folder}/out{name}/log.jsonl")]
+            print(f"| train.py {name} | {log[0]['tok/s']:,} supervised tok/s at first, "
+                  f"{log[-1]['tok/s']:,} at last; {log[-1]['gb']:.1f} GB | | |", flush=True)
 
 
 def generation(bench: Bench) -> None:
@@ -344,16 +399,19 @@ def profiles(bench: Bench) -> None:
         with torch.profiler.profile() as found:
             work()
         gpu = bench.args.device == "cuda"
-        events = [(e.self_device_time_total if gpu else e.self_cpu_time_total, e.key)
-                  for e in found.key_averages()]
+        events = [(e.self_device_time_total if gpu else e.self_cpu_time_total, e.key[:60])
+                  for e in found.key_averages()
+                  if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
         total = sum(time for time, _ in events)
+        top = sorted(events, reverse=True)[:12 if gpu else 7]
         print(f"| where the time goes, {name} | " + ", ".join(
-            f"{key.removeprefix('aten::')} {time / total:.0%}"
-            for time, key in sorted(events, reverse=True)[:7]) + " | | |", flush=True)
+            f"{key.removeprefix('aten::')} {time / total:.0%}" for time, key in top) + " | | |",
+            flush=True)
 
 
 ROWS = {"training": training, "objectives": objectives, "generation": generation,
-        "loading": loading, "memory": memory, "growth": growth, "profiles": profiles}
+        "loading": loading, "memory": memory, "growth": growth, "profiles": profiles,
+        "options": options, "loop": loop}
 
 
 def main() -> None:
@@ -364,8 +422,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     parser.add_argument("--shape", default="0.5b" if gpu else "cpu", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=32 if gpu else 4)
-    parser.add_argument("--length", type=int, default=1024 if gpu else 256)
+    parser.add_argument("--batch", type=int, default=8 if gpu else 4)
+    parser.add_argument("--large", type=int, default=64 if gpu else 0, help="of a second batch")
+    parser.add_argument("--length", type=int, default=512 if gpu else 256)
+    parser.add_argument("--loop", nargs="*", default=["", "--recompute", "--compile"])
     parser.add_argument("--new-tokens", type=int, default=256 if gpu else 128)
     parser.add_argument("--generate", type=int, nargs="*", default=[1, 32, 256] if gpu else [1, 32])
     parser.add_argument("--no-trl", dest="trl", action="store_false")

@@ -83,7 +83,7 @@ MUTANTS = [
     ("train.py", "(total / tokens).backward()", "(total / len(rows)).backward()"),
     ("train.py", "hidden.detach().requires_grad_()", "hidden"),
     ("train.py", "checkpoint(functional_call, block, weights, args, use", "checkpoint(block, *args, use"),
-    ("train.py", "chunk = slice(start, start + CHUNK)", "chunk = slice(start, start + CHUNK - 1)"),
+    ("train.py", "chunk = slice(start, start + size)", "chunk = slice(start, start + size - 1)"),
     ("train.py", "F.linear(rows[chunk], head)[:, :student.vocab_size]", "F.linear(rows[chunk], head)"),
     ("train.py", "clip_grad_norm_(student.parameters(), CLIP)", "clip_grad_norm_(student.parameters(), 1e9)"),
     ("train.py", "args.lr * (step + 1) / warmup", "args.lr * step / warmup"),

@@ -202,7 +202,8 @@ def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | 
     loss.discord_weight, train.backward = WEIGHT, BACKWARD
     if not gamma and not floor and probe is None:
         return
-    train.CHUNK, now, known = 10 ** 9, [], {}  # a micro-batch at a time, since responses are whole
+    train.CHUNK["cpu"] = 10 ** 9  # a micro-batch at a time, since responses are whole
+    now, known = [], {}
     if probe is not None:
         model, tokenizer = data.load(probe)
         examples, _ = data.load_traces(traces, tokenizer, 64)

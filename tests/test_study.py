@@ -19,8 +19,9 @@ from model import Transformer
 def test_changed_weight(toy_model, traces, tmp_path, monkeypatch, gamma, floor, probed):
     """Guards a look-ahead that runs on into the next trace or backwards, a probe's number of
     another token or trace, and a floor that is none. By hand, token by token."""
-    for module, name in ((loss, "discord_weight"), (train, "backward"), (train, "CHUNK")):
+    for module, name in ((loss, "discord_weight"), (train, "backward")):
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
+    monkeypatch.setitem(train.CHUNK, "cpu", 256)
     student, tokenizer = data.load(toy_model)
     examples = data.load_traces(traces, tokenizer, 64, teacher=True)[0][:7]
     support = data.response_logp(student, examples)

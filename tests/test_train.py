@@ -36,7 +36,7 @@ def all_logits(model, batch):
 def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkeypatch, objective):
     """Guards a chunk that is lost or counted twice, hidden states whose gradient stops at the
     chunk, prompts that are trained on, and head rows that the tokenizer does not have."""
-    monkeypatch.setattr(train, "CHUNK", 7)
+    monkeypatch.setitem(train.CHUNK, "cpu", 7)
     folder = tmp_path / "wide"
     shutil.copytree(toy_model, folder)
     make_hf(folder, "qwen2", vocab_size=150, seed=5)
