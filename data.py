@@ -40,7 +40,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
-from model import BadInput, Config, Transformer, check, model_folder, read_json
+from model import BadInput, Config, KVCache, Transformer, check, model_folder, read_json
 
 PathLike = str | Path
 # ---- Files and command lines, for the three programs
@@ -128,6 +128,13 @@ def run_command(main: Callable) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted; to continue training or an evaluation, add --resume")
+
+def progress(items: Iterable, name: str) -> tqdm:
+    """A bar on a terminal; elsewhere, a line a minute."""
+    if sys.stderr.isatty():
+        return tqdm(items, name, delay=1)
+    form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go\n"
+    return tqdm(items, name, bar_format=form, delay=60, mininterval=60)
 
 # ---- Tokenizers and chat templates
 def raise_exception(message: str) -> None:
@@ -221,6 +228,25 @@ class Tokenizer:
             ids = ids[:-1]
         return self.backend.decode(ids, skip_special_tokens=False)
 
+def replay_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    """A decoding step as one launch instead of 700: 3 ms instead of 11 for 0.5B on a H200.
+    The first step of a shape runs as usual, the second one is recorded as a CUDA graph;
+    from then on, the recorded kernels run again, on the same addresses."""
+    shape = (*tokens.shape, cache.used // 64)  # columns come 64 at a time
+    if shape != getattr(cache, "shape", None):
+        cache.shape, cache.graph = shape, None
+        return model(tokens, cache)
+    if cache.graph is None:
+        cache.tokens = tokens.clone()
+        cache.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cache.graph):
+            cache.hidden = model(cache.tokens, cache)
+    else:
+        cache.used += 1
+    cache.tokens.copy_(tokens)
+    cache.graph.replay()
+    return cache.hidden
+
 def load(path_or_repo: PathLike, dtype: str = "float32",
          device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer. The model also stops at the template's end of turn, which
@@ -231,6 +257,8 @@ def load(path_or_repo: PathLike, dtype: str = "float32",
     check(tokenizer.vocab_size <= model.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
           f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}")
     model.vocab_size = tokenizer.vocab_size
+    if device != "cpu":
+        model.decode = replay_step
     model.eos_token_ids = sorted({*model.eos_token_ids, tokenizer.eot_id})
     return model, tokenizer
 
@@ -331,7 +359,7 @@ def read_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.i
     """(record, example) of each usable trace, and counts of the dropped ones by reason. A
     long trace is dropped, not cut: half a trace teaches the student not to stop."""
     traces, dropped = [], Counter()
-    for where, record in tqdm(read_jsonl(path), "reading traces", disable=None):
+    for where, record in progress(read_jsonl(path), "reading traces"):
         reason = drop_reason(record, teacher)
         if not reason:
             example = encode_trace(record, tokenizer, where, teacher)
@@ -403,8 +431,7 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
     device = model.model.embed_tokens.weight.device
     order = np.argsort([len(example.tokens) for example in examples], kind="stable")
     results: list = [None] * len(examples)
-    quiet = len(order) <= batch_size or None  # None: a bar where there is a terminal
-    for start in tqdm(range(0, len(order), batch_size), "scoring", disable=quiet):
+    for start in progress(range(0, len(order), batch_size), "scoring"):
         rows = order[start:start + batch_size]
         batch = collate([examples[i] for i in rows], device)
         hidden = model(batch.tokens).flatten(0, 1)[batch.positions]  # [N, D]

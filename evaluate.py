@@ -7,6 +7,7 @@ of a teacher's evaluation are the traces that train.py reads.
 import argparse
 import ast
 import cmath
+import copy
 import hashlib
 import html
 import json
@@ -24,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 
 import data
 import loss
@@ -353,7 +353,7 @@ def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: li
     jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, largest batch first
     starts = range(0, len(jobs), batch_size)
-    for start in tqdm(starts, "answering", disable=None):
+    for start in data.progress(starts, "answering"):
         batch = jobs[start:start + batch_size]
         keys = [(str(problems[i]["id"]), k) for i, k in batch]
         if all(key in done for key in keys):
@@ -431,6 +431,17 @@ def summary_line(records: list[dict]) -> str:
             f"{decoding}, {s['mean_tokens']:.1f} tokens, {s['cut_off']:.1%} cut off at "
             f"{setup['max_new_tokens']})")
 
+def say_what_is_not_applied(folder: Path) -> None:
+    """transformers and vLLM decode by generation_config.json, greedily, too. We do not."""
+    file = folder / "generation_config.json"
+    settings = []
+    for key, value in (read_json(file) if file.exists() else {}).items():
+        neutral = value in (None, 0, 1) or key in ("temperature", "transformers_version")
+        if not neutral and not key.endswith("_token_id"):
+            settings.append(f"{key}={value}")
+    if settings:
+        print(f"{file}: not applied here, unlike in transformers and vLLM:", *settings)
+
 def accuracy(args: argparse.Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature "
@@ -457,6 +468,7 @@ def accuracy(args: argparse.Namespace) -> None:
         data.check_same_settings(file, record["setup"], setup)
     if not finished:
         model, tokenizer = data.load(args.model, args.dtype, args.device)
+        say_what_is_not_applied(model.folder)
         part.parent.mkdir(parents=True, exist_ok=True)
         done = {(str(record["id"]), record["sample"]) for record in records}
         for record in generate_answers(model, tokenizer, problems, args.samples,
@@ -495,6 +507,42 @@ def compare(args: argparse.Namespace) -> None:
     print(f"A - B: {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; A is "
           f"better on {sum(gain > 0)}, B on {sum(gain < 0)} of {len(gain)} problems")
 
+# ---- For train.py: what the student says now, and what is left of it in bf16
+def resample_on_policy(student: Transformer, micro_batches: list[list[data.Example]],
+                       step: int, args: argparse.Namespace) -> None:
+    """Replace a random share of the traces by the student's own answers at temperature 1,
+    at most as long as the longest trace of the micro-batch (GKD, arXiv 2306.13649)."""
+    writer = student
+    if args.dtype == "bfloat16":
+        writer = copy.deepcopy(student).bfloat16()
+    first = 0
+    for examples in micro_batches:
+        seeds = [(args.seed, step, first + i) for i in range(len(examples))]
+        first += len(examples)
+        chosen = []
+        for i, seed in enumerate(seeds):
+            if np.random.default_rng((*seed, 1)).random() < args.on_policy:
+                chosen.append(i)
+        if not chosen:
+            continue
+        prompts = []
+        for i in chosen:
+            prompts.append(examples[i].tokens[:examples[i].prompt_length].tolist())
+        longest = max(len(example.tokens) - example.prompt_length for example in examples)
+        answers = writer.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
+        for i, prompt, (ids, _) in zip(chosen, prompts, answers, strict=True):
+            examples[i] = data.Example(np.array(prompt + ids), len(prompt))
+
+def surviving_update(student: Transformer, start: Transformer) -> float:
+    """The share of the update that is left when the weights are rounded to bf16."""
+    kept = total = 0.0
+    for weight, before in zip(student.parameters(), start.parameters(), strict=True):
+        update = weight.detach() - before
+        rounded = weight.detach().bfloat16() - before
+        kept += (rounded * update).sum().item()
+        total += update.square().sum().item()
+    return kept / total if total else 1.0
+
 # ---- Exposure bias
 @torch.no_grad()
 def kl_along_samples(author: Transformer, teacher: Transformer, student: Transformer,
@@ -503,7 +551,7 @@ def kl_along_samples(author: Transformer, teacher: Transformer, student: Transfo
     the EOS: [prompts, max_new_tokens]. NaN after the EOS."""
     result = np.full((len(prompts), args.max_new_tokens), np.nan)
     starts = range(0, len(prompts), args.batch_size)
-    for start in tqdm(starts, "measuring", disable=None):
+    for start in data.progress(starts, "measuring"):
         part = prompts[start:start + args.batch_size]
         seeds = [(args.seed, start + i) for i in range(len(part))]
         answers = author.sample(part, args.max_new_tokens, 1.0, seeds)

@@ -116,3 +116,14 @@ def token_losses(objective: str, q_logits: Tensor, y: Tensor,
         if p_logits is not None:
             p_logp = -sft(p_logits, y)
         return losses, discord_weight(q_logp, p_logp, tau)
+
+def signs_of_collapse(line: dict, start: float) -> dict[str, str]:
+    """What a log line says about a student too far from its teacher; `start` is the first
+    step's unweighted loss. The weighted loss falls all the same: w falls faster."""
+    cure = "train it with --objective sft first and use that run as --student"
+    signs = {}
+    if min(line["weight"], line["ess"]) < 0.05:
+        signs["weight"] = f"nearly no token counts, the student finds them unlikely: {cure}"
+    if line["unweighted"] > 1.5 * start + 0.5:
+        signs["loss"] = f"the unweighted loss was {start:.2f}: lower --lr, or {cure}"
+    return signs

@@ -9,6 +9,7 @@ Dh head size, V vocabulary, N supervised tokens.
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -21,6 +22,9 @@ from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+# cuDNN's attention would plan for 0.1 s whenever B or T is new: in most batches.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 class BadInput(ValueError):
     """The user's input is wrong. The message names it and says what to do."""
@@ -50,11 +54,12 @@ def model_folder(path_or_repo: str | Path) -> Path:
 
 # ---- Configuration: keys that change the computation, and the values implemented here
 
-IMPLEMENTED: dict[str, list] = {
+IMPLEMENTED: dict[str, Any] = {
     "model_type": ["llama", "qwen2", "qwen3"],
     "architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
     "rope_type": ["default", "llama3"],
     "layer_types": ["full_attention"],
+    "head_dim": range(2, 1025, 2),
     "hidden_act": ["silu"],
     "mlp_bias": [False],
     "attention_bias": [False, True],
@@ -83,14 +88,13 @@ DEFAULTS: dict[str, Any] = {
 
 class Config(SimpleNamespace):
     """config.json as attributes. Whatever is not implemented raises, naming the key."""
-
     def __init__(self, raw: dict, source: str | Path = "config.json"):
         rope = {**(raw.get("rope_scaling") or {}),  # transformers 4
                 **(raw.get("rope_parameters") or {})}  # transformers 5
         values = {**DEFAULTS}
+        given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
         if raw.get("model_type") == "llama":  # a Llama without this key has no shared heads
             values["num_key_value_heads"] = raw.get("num_attention_heads")
-        given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
         values |= {key: value for key, value in given.items() if value is not None}
 
         def require(condition: bool, key: str, reason: str) -> None:
@@ -100,7 +104,7 @@ class Config(SimpleNamespace):
             value = values.get(key, [])
             items = value if isinstance(value, list) else [value]
             require(all(item in known for item in items), key,
-                    f"not implemented, only {known or 'without it'}")
+                    f"only {known or 'its absence'} is implemented")
         llama3 = LLAMA3_ROPE if values["rope_type"] == "llama3" else []
         for key in [*SIZES, "rope_theta", "rms_norm_eps", *llama3]:
             number = values.get(key)
@@ -111,12 +115,10 @@ class Config(SimpleNamespace):
         values.setdefault("head_dim", 128 if is_qwen3 else values["hidden_size"] // heads)
         require(heads % values["num_key_value_heads"] == 0, "num_key_value_heads",
                 f"does not divide the {heads} attention heads")
-        require(values["head_dim"] in range(2, 1025, 2), "head_dim",
-                "RoPE needs an even number")
         super().__init__(**values, raw=raw, llama3=[values[key] for key in llama3])
 
 # ---- The network
-def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(config: Config, positions: Tensor) -> tuple:
     """RoPE (arXiv 2104.09864): positions [B, T] -> fp32 cosines and sines [B, 1, T, Dh].
     HF rotates dimension i with dimension i + Dh/2. The sine carries the sign."""
     pair = torch.arange(0, config.head_dim, 2, device=positions.device).float()
@@ -130,30 +132,29 @@ def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-class KVCache:
-    """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]."""
-    def __init__(self, config: Config, batch: int, columns: int, like: Tensor):
-        columns += -columns % 64
-        self.data = like.new_zeros(2, config.num_hidden_layers, batch,
-                                   config.num_key_value_heads, columns, config.head_dim)
-        self.length = 0  # columns in use
-        self.position = torch.tensor(0, device=like.device)  # the same, for a CUDA graph
+class KVCache(SimpleNamespace):
+    """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]. Prompts
+    come first, padded on the right; then all rows get one token in each step."""
+    def __init__(self, config: Config, lengths: Tensor, columns: int, dtype: torch.dtype):
+        shape = (2, config.num_hidden_layers, len(lengths), config.num_key_value_heads,
+                 columns + -columns % 64, config.head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=lengths.device)
+        self.lengths = lengths  # tokens in each row: [B]
+        self.used = 0  # columns in use, by the longest row
 
-# cuDNN would plan anew, for up to a second, whenever B or T is new: in most batches.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [B, H, T, Dh], k and v [B, K, columns, Dh] -> [B, H, T, Dh]; no mask: causal.
-    A GPU's fast kernels take a mask or shared key heads, not both."""
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    shared = q.shape[1] // k.shape[1]
-    if q.shape[2] > 1:  # prompts: each head gets a copy of its keys and values
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    # One token: the heads that share a key head become its queries.
-    queries = q.view(len(q), -1, shared, q.shape[-1])  # [B, K, H / K, Dh]
-    return F.scaled_dot_product_attention(queries, k, v, mask).reshape(q.shape)
+    def extend(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """The positions of T more tokens, [1 or B, T], and what their scores of all columns
+        get added: [B, 1, 1, columns], or None for prompts."""
+        is_prompt = self.used == 0
+        self.used += T
+        if is_prompt:
+            return torch.arange(T, device=self.lengths.device)[None], None
+        positions = self.lengths[:, None].clone()
+        self.lengths += 1
+        # GPU kernels want even numbers of columns, compilers the same number again.
+        column = torch.arange(self.used + -self.used % 64, device=positions.device)
+        visible = column <= positions  # the padding of a prompt is overwritten by then
+        return positions, visible.to(self.data.dtype).log()[:, None, None]
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
@@ -173,18 +174,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: list, mask: Any, past: Any) -> Tensor:
         cos, sin = rope
         Dh = cos.shape[-1]
-        q = self.q_proj(x).unflatten(-1, (-1, Dh))
-        k = self.k_proj(x).unflatten(-1, (-1, Dh))
-        v = self.v_proj(x).unflatten(-1, (-1, Dh))
-        q = self.q_norm(q).transpose(1, 2)  # [B, H, T, Dh]
-        k = self.k_norm(k).transpose(1, 2)  # [B, K, T, Dh]
-        v = v.transpose(1, 2)
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, Dh))
+        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)  # [B, H, T, Dh]
+        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)  # [B, K, T, Dh]
+        v = heads(self.v_proj(x)).transpose(1, 2)
         q = q * cos + q.roll(Dh // 2, -1) * sin
         k = k * cos + k.roll(Dh // 2, -1) * sin
         if past is not None:
-            cache, columns = past  # this layer's [2, B, K, :, Dh]; where k and v go [T]
-            k, v = cache.index_copy_(3, columns, torch.stack((k, v)))
-        y = attention(q, k, v, mask)
+            cache, columns = past  # this layer's [2, B, K, :, Dh]; where k and v go
+            new = torch.stack((k, v))
+            k, v = cache.scatter_(3, columns.expand_as(new), new)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            # GPU kernels take a mask or shared heads. T is 1: let heads be queries.
+            groups = q.reshape(len(q), k.shape[1], -1, Dh)  # [B, K, H / K, Dh]
+            y = F.scaled_dot_product_attention(groups, k, v, mask).reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -196,7 +202,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 class Block(nn.Module):
     def __init__(self, config: Config):
@@ -206,8 +213,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: list, mask: Any, past: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, past)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
@@ -222,86 +229,69 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.block_forward: Any = nn.Module.__call__  # `train.py --recompute` replaces it
+        self.decode: Any = nn.Module.__call__  # on a GPU, data.replay_step replaces it
         self.eos_token_ids: list[int] = []
         self.folder = Path("nowhere")  # its tokenizer files are saved with the model
         self.vocab_size = config.vocab_size  # data.load lowers it to the tokenizer's size
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None,
-                pad: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> hidden [B, T, D]. Rows are padded on the right, or on the left
-        by pad [B]. A cache holds the tokens before these and is extended by them."""
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T], padded on the right -> hidden [B, T, D]. They extend the cache."""
         x = self.model.embed_tokens(tokens)
-        start = 0 if cache is None else cache.length
-        end = columns = start + tokens.shape[1]
+        T = tokens.shape[1]
+        positions, mask, past = torch.arange(T, device=x.device)[None], None, None
         if cache is not None:
-            cache.length = end
-            columns = end + -end % 64  # kernels want even sizes, compilers the same again
-        column = torch.arange(columns, device=x.device)
-        query = column[:tokens.shape[1]]
-        if cache is not None:
-            query = query + cache.position
-            cache.position += len(query)
-        positions = query[None]  # [1 or B, T]
-        mask = None  # or [T, columns], with pad [B, 1, T, columns]
-        if start or pad is not None:
-            mask = column <= query[:, None]
-        if pad is not None:
-            positions = (positions - pad[:, None]).clamp(min=0)
-            mask = mask & (column >= pad[:, None, None, None])
-            mask = mask | (column == query[:, None])  # a query without any column gives NaN
-        if mask is not None:
-            mask = mask.to(x.dtype).log()  # 0 or -infinity, added to the scores
+            positions, mask = cache.extend(T)
+        columns = T if mask is None else mask.shape[-1]
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for i, block in enumerate(self.model.layers):
-            past = None
             if cache is not None:
-                past = cache.data[:, i, :, :, :columns], query
+                past = cache.data[:, i, :, :, :columns], positions[:, None, :, None]
             x = self.block_forward(block, x, rope, mask, past)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., V]. Call it only for supervised or sampled positions."""
         head = getattr(self, "lm_head", self.model.embed_tokens).weight
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) > 16 or head.device.type != "cpu" or head.dtype != torch.float32:
+        rows = hidden.reshape(-1, head.shape[1])
+        if len(rows) > 64 or head.device.type != "cpu" or head.dtype != torch.float32:
             return F.linear(hidden, head)[..., :self.vocab_size]
-        # Few rows through a wide matrix: MKL reaches a third of the memory's speed in one
-        # product, and all of it in 64 parts.
+        # For few rows, MKL is up to four times faster in 64 parts.
         parts = head.unflatten(0, (math.gcd(64, len(head)), -1))
         logits = parts @ rows.T.expand(len(parts), -1, -1)  # [64, V / 64, rows]
         logits = logits.flatten(0, 1)[:self.vocab_size]
         return logits.T.reshape(*hidden.shape[:-1], -1)
 
-    def generate(self, *args, **options) -> list[list[int]]:
+    def generate(self, *args, **options) -> list[list]:
         """(prompts, max_new_tokens, temperature=0.0, seed=None, ...): `sample`'s tokens."""
         return [tokens for tokens, _ in self.sample(*args, **options)]
 
     @torch.no_grad()
     def sample(self, prompts: list[list], max_new_tokens: int, temperature: float = 0.0,
-               seed: int | list | None = None) -> list[tuple[list, list]]:
-        """Continue each prompt: (new tokens, EOS included; their log-probabilities).
-        Temperature 0 is greedy. Log-probabilities are fp32, always at temperature 1. Row i
-        has its own random generator, seeded with (seed, i) or, for a list, seed[i]."""
+               seed: int | list | None = None) -> list:
+        """Continue each prompt: (new tokens with EOS, their log-probabilities in fp32 at
+        temperature 1). Temperature 0 is greedy. Row i has the seed (seed, i) or seed[i]."""
         check(prompts and all(prompts), "generate: no prompts, or an empty one among them")
         weight = self.model.embed_tokens.weight
         device = weight.device
-        B, longest = len(prompts), max(map(len, prompts))
+        B = len(prompts)
+        longest = max(map(len, prompts))
         if not isinstance(seed, list):
             seed = [None if seed is None else (seed, i) for i in range(B)]
         uniform = [np.random.default_rng(s).random(max_new_tokens) for s in seed]
         draws = torch.tensor(np.stack(uniform), device=device)  # [B, max_new_tokens]
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-        pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=device)
-        cache = KVCache(self.config, B, longest + max_new_tokens, weight)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        cache = KVCache(self.config, lengths, longest + max_new_tokens, weight.dtype)
         new_tokens, logp = draws.long(), draws.float()  # to be overwritten
-        length = torch.zeros_like(pad)
+        length = torch.zeros_like(lengths)  # of the answers
         done = length > 0
         rows = torch.arange(B, device=device)  # of the batch, without those that left it
-        decode = CudaGraph() if device.type == "cuda" else next_logits
         for step in range(max_new_tokens):
-            logits = decode(self, tokens, cache, pad).float()
+            hidden = self.decode(self, tokens, cache)
+            last = hidden[:, -1] if step else hidden[rows, lengths - 1]
+            logits = self.logits(last).float()
             token = sample_token(logits, temperature, draws[rows, step, None])
             new_tokens[rows, step] = token
             chosen = logits.gather(-1, token[:, None])[:, 0]
@@ -312,9 +302,10 @@ class Transformer(nn.Module):
                 alive = ~done[rows]
                 if not alive.any():
                     break
-                if alive.sum() <= 0.75 * len(rows):  # finished rows leave, many at a time
-                    rows, token, pad = rows[alive], token[alive], pad[alive]
+                if alive.float().mean() <= 0.75:  # finished rows leave, many at a time
+                    rows, token = rows[alive], token[alive]
                     cache.data = cache.data[:, :, alive]
+                    cache.lengths = cache.lengths[alive]
             tokens = token[:, None]
         results = zip(new_tokens.tolist(), logp.tolist(), length.tolist(), strict=True)
         return [(row[:n], values[:n]) for row, values, n in results]
@@ -322,16 +313,17 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32,
                         device: str = "cpu") -> "Transformer":
-        """Read a HF folder or a Hub repository. Raises BadInput if a tensor is missing,
-        unknown, or of another shape."""
+        """Read a HF folder or a Hub name. BadInput if a tensor is missing or unknown."""
         folder = model_folder(path_or_repo)
+        check(not (folder / "adapter_config.json").exists(), f"{folder}: has an adapter "
+              "(adapter_config.json): merge it into the model, or remove the file")
         file = folder / "config.json"
         index = folder / "model.safetensors.index.json"
         names, state = ["model.safetensors"], {}
         try:
             with torch.device("meta"):  # takes no memory until the weights come
                 network = cls(Config(read_json(file), file))
-            if index.exists():
+            if index.exists() and not (folder / names[0]).exists():
                 file = index
                 names = sorted(set(read_json(file)["weight_map"].values()))
             for name in names:
@@ -344,7 +336,7 @@ class Transformer(nn.Module):
             if tied and head.equal(state["model.embed_tokens.weight"]):
                 del state["lm_head.weight"]  # it was saved twice
             network.load_state_dict(state, strict=True, assign=True)
-        except torch.OutOfMemoryError:  # a RuntimeError, too, but no fault of the file
+        except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
             raise
         except (SafetensorError, OSError, RuntimeError, LookupError, TypeError,
                 AttributeError) as error:
@@ -359,57 +351,30 @@ class Transformer(nn.Module):
         return network
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a HF folder: config, weights, EOS ids and tokenizer files. They are written
-        to a folder inside, then moved, so no file is ever half-written."""
+        """Write a HF folder, tokenizer files included. No file is ever half-written."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        configs = {
-            "config.json": {**self.config.raw, "dtype": dtype, "torch_dtype": dtype},
-            "generation_config.json": {"eos_token_id": self.eos_token_ids},
-        }
+        config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}
+        generation = {"eos_token_id": self.eos_token_ids}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary)
             save_torch_state_dict(self.state_dict(), new)
-            for pattern in ("tokenizer*.json", "*.jinja"):
-                for file in self.folder.glob(pattern):
-                    (new / file.name).write_bytes(file.read_bytes())
-            for name, content in configs.items():
-                (new / name).write_text(json.dumps(content, indent=2) + "\n")
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+            files = self.folder.glob("tokenizer*.json"), self.folder.glob("*.jinja")
+            for file in chain(*files):
+                (new / file.name).write_bytes(file.read_bytes())
+            (new / "config.json").write_text(json.dumps(config, indent=2))
+            (new / "generation_config.json").write_text(json.dumps(generation))
+            (folder / "model.safetensors").unlink(missing_ok=True)  # wins over shards
             # config.json moves last: a folder that has one is complete.
             for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(folder / file.name)
-
-def next_logits(model: Transformer, tokens: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-    return model.logits(model(tokens, cache, pad)[:, -1])
-
-class CudaGraph:
-    """`next_logits` as one launch instead of 700. A step of a new shape runs as usual, the
-    next one like it is recorded, and all that follow replay the record: the kernels, with
-    the addresses of their tensors."""
-    shape: tuple = ()
-
-    def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache,
-                 pad: Tensor) -> Tensor:
-        shape = (*tokens.shape, cache.length // 64)  # columns come 64 at a time
-        if shape != self.shape:
-            self.shape, self.graph = shape, None
-            return next_logits(model, tokens, cache, pad)
-        if self.graph is None:
-            self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
-            with torch.cuda.graph(self.graph):
-                self.logits = next_logits(model, self.tokens, cache, pad)
-        else:
-            cache.length += 1
-        self.tokens.copy_(tokens)
-        self.graph.replay()
-        return self.logits
 
 def sample_token(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
     """One token a row, by inverting the cumulative distribution: [B, V], [B, 1] -> [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    total = (logits / temperature).softmax(-1).double().cumsum(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    total = probabilities.double().cumsum(-1)
     index = torch.searchsorted(total, draw * total[:, -1:], right=True)
     return index.clamp(max=logits.shape[-1] - 1)[:, 0]

@@ -8,7 +8,6 @@ made) and log.jsonl (the log lines). To resume an interrupted run, add --resume.
 """
 
 import argparse
-import copy
 import hashlib
 import math
 import os
@@ -18,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -79,6 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_model_options(add)
     add("--recompute", action="store_true", help="recompute activations to save memory")
     add("--compile", action="store_true", help="torch.compile the blocks (needs g++)")
+    add("--save-dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the result; bfloat16 rounds small updates away (default: float32)")
     add("--log-every", type=positive, default=10, help="steps per line (default: 10)")
     add("--save-every", type=positive, default=500, help="per checkpoint (default: 500)")
     args = data.parse_args(parser, argv)
@@ -106,31 +106,6 @@ def recompute_block(block: torch.nn.Module, *args: object) -> Tensor:
     weights = dict(block.named_parameters())
     return checkpoint(functional_call, block, weights, args, use_reentrant=False,
                       preserve_rng_state=False)  # nothing in a block is random
-
-def resample_on_policy(student: Transformer, micro_batches: list[list[data.Example]],
-                       step: int, args: argparse.Namespace) -> None:
-    """Replace a random share of the traces by the student's own answers at temperature 1,
-    at most as long as the longest trace of the micro-batch (GKD, arXiv 2306.13649)."""
-    writer = student
-    if args.dtype == "bfloat16":
-        writer = copy.deepcopy(student).bfloat16()
-    first = 0
-    for examples in micro_batches:
-        seeds = [(args.seed, step, first + i) for i in range(len(examples))]
-        first += len(examples)
-        chosen = []
-        for i, seed in enumerate(seeds):
-            if np.random.default_rng((*seed, 1)).random() < args.on_policy:
-                chosen.append(i)
-        if not chosen:
-            continue
-        prompts = []
-        for i in chosen:
-            prompts.append(examples[i].tokens[:examples[i].prompt_length].tolist())
-        longest = max(len(example.tokens) - example.prompt_length for example in examples)
-        answers = writer.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
-        for i, prompt, (ids, _) in zip(chosen, prompts, answers, strict=True):
-            examples[i] = data.Example(np.array(prompt + ids), len(prompt))
 
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
              teacher: Transformer | None = None) -> Tensor:
@@ -226,11 +201,14 @@ def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
                  args: argparse.Namespace) -> None:
     size = args.batch_size * args.grad_accum
     tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
-    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}; torch {run['torch']}")
+    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}, torch {run['torch']}")
     print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
           f"{run['dropped'] or 'none'}")
     print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
-          f"{args.steps} steps are {args.steps * size / len(examples):.1f} epochs")
+          f"in all {args.steps * size / len(examples):.1f} epochs")
+    if size > len(examples):
+        print(f"  warning: a step holds each trace {size / len(examples):.1f} times; lower "
+              "--batch-size or --grad-accum")
     print("  options ", *[f"{key}={value}" for key, value in run["options"].items()])
     print("  sample  ", run["sample"])
 
@@ -286,7 +264,7 @@ def train(args: argparse.Namespace) -> dict:
                 optimizer.state[parameter][key] = saved[f"{name} {key}"]
 
     # Log lines behind the checkpoint will come again.
-    log = out / "log.jsonl"
+    log, lines = out / "log.jsonl", []
     if log.exists():
         data.cut_half_line(log)
         lines = [line for _, line in data.read_jsonl(log) if line["step"] <= first]
@@ -295,14 +273,17 @@ def train(args: argparse.Namespace) -> dict:
 
     # The loop: one optimizer step a round.
     begin = last_line = time.perf_counter()
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(args.device)
     pending = []  # the sums of the steps since the last log line
+    warned, first_loss = set(), lines[0]["unweighted"] if lines else None
     progress = tqdm(range(first, args.steps), "training", disable=None)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         micro_batches = data.step_examples(examples, step, args.batch_size, args.grad_accum,
                                            args.seed)
         if args.on_policy:
-            resample_on_policy(student, micro_batches, step, args)
+            evaluate.resample_on_policy(student, micro_batches, step, args)
         batches = [data.collate(traces, args.device) for traces in micro_batches]
         tokens = sum(len(batch.labels) for batch in batches)
         sums = torch.stack([backward(student, batch, args, tokens, teacher)
@@ -321,6 +302,7 @@ def train(args: argparse.Namespace) -> dict:
         check(rows.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
               f"{done - len(rows) + 1} to {done}; begin anew with a lower --lr")
         total, unweighted, w, w_squared, tokens, norms = rows.sum(0).tolist()
+        first_loss = first_loss or (rows[0, 1] / rows[0, 4]).item()
         seconds = time.perf_counter() - last_line
         line = {
             "step": done,
@@ -337,10 +319,19 @@ def train(args: argparse.Namespace) -> dict:
         data.write_lines(log, [line], "a")
         columns = [f"{key} {value:<8.5g}" for key, value in line.items()]
         progress.write(" ".join(columns).rstrip(), sys.stdout)
+        for sign, warning in loss.signs_of_collapse(line, first_loss).items():
+            if weighted and sign not in warned:
+                progress.write(f"warning: {warning}", sys.stdout)
+                warned.add(sign)
         if save:
             save_checkpoint(out, done, student, optimizer)
 
-    # The result, in fp32.
+    # The result, in fp32 unless asked otherwise.
+    if args.save_dtype == "bfloat16":
+        start = Transformer.from_pretrained(args.student, device=args.device)
+        share = evaluate.surviving_update(student, start)
+        print(f"{out}: saved in bfloat16, {share:.0%} of the update survives the rounding")
+        student.bfloat16()
     student.save_pretrained(out)
     run["seconds"] = round(time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
@@ -362,8 +353,8 @@ def toy(args: argparse.Namespace) -> None:
 
     def run_accuracy(model: Path, benchmark: Path, *options: object) -> None:
         command = ["accuracy", "--resume", "--batch-size", 500, "--device", args.device,
-                   "--dtype", "float32", "--model", model, "--benchmark", benchmark, *options]
-        evaluate.main(list(map(str, command)))
+                   "--dtype", "float32", "--model", model, "--benchmark", benchmark]
+        evaluate.main([str(word) for word in (*command, *options)])
 
     # The teacher has two layers and skips steps. The student has one, and never saw a skip.
     run_train(root / "blank-teacher", root / "lessons.jsonl", root / "teacher",

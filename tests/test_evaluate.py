@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from argparse import Namespace
 from html.parser import HTMLParser
 
@@ -46,6 +47,43 @@ def test_answers_do_not_depend_on_batching(toy_model, problems):
     assert len(set(texts(7))) > 60 and texts(7) != texts(7, seed=1)
     twins = texts(7, chosen=[{**problems[0], "id": name} for name in ("a", "b")])
     assert twins[:3] != twins[3:]  # the same question, asked twice
+
+
+def test_generation_settings_are_named(toy_model, tmp_path, capsys):
+    """Guards answers that transformers and vLLM would not give, without a word: Qwen2.5-Instruct
+    comes with a penalty that changes greedy decoding. The saved student has no such setting."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    problems, file = tmp_path / "p.jsonl", tmp_path / "m" / "generation_config.json"
+    data.write_jsonl(problems, [{"prompt": "1 a+2", "answer": "3"}])
+    said = []
+    for settings in ({"repetition_penalty": 1.1, "top_p": 0.8, "do_sample": True},
+                     {"repetition_penalty": 1.0, "temperature": 0.7, "pad_token_id": 5}, None):
+        file.unlink(missing_ok=True)
+        if settings:
+            file.write_text(json.dumps(settings))
+        evaluate.main(["accuracy", "--model", str(tmp_path / "m"), "--benchmark", str(problems),
+                       "--max-new-tokens", "3", "--out", str(tmp_path / f"{len(said)}.jsonl")])
+        said.append(capsys.readouterr().out)
+    assert said[0].count("not applied here") == 1
+    assert "transformers and vLLM: repetition_penalty=1.1 top_p=0.8\n" in said[0]
+    assert "not applied" not in said[1] + said[2]
+    file.write_text('{"repetition_penalty": 1.1, "eos_token_id": [3, 4]}')
+    Transformer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved == {"eos_token_id": [3, 4]}
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """Guards seven silent minutes: a line a minute in a log file, and none for short work."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for minutes in (0.5, 5):
+        for _ in data.progress(range(10), "answering"):
+            now[0] += minutes * 60 / 10
+        lines = capsys.readouterr().err.replace("\r", "").split("\n")
+        found = [line for line in lines if line.strip()]
+        assert len(found) == (0 if minutes < 1 else 6), found
+    assert found[0] == "answering: 2 of 10, 01:00 so far, 04:00 to go"
 
 
 class Script:

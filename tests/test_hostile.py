@@ -80,8 +80,9 @@ def header(text: str, length: int | None = None) -> dict[str, bytes]:
             + bytes(64)}
 
 
-def index(weight_map) -> dict[str, bytes]:
-    return {"m/model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
+def index(weight_map) -> dict[str, bytes | None]:
+    return {"m/model.safetensors": None,  # it would be read instead
+            "m/model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
 
 
 CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), options, the error
@@ -230,7 +231,9 @@ CASES = [  # command, what is spoilt (files; or a JSON file and changed keys), o
     ("train", index({"model.norm.weight": 5}), "", "m/model.safetensors.index.json: missing, corr"),
     ("train", index([1, 2]), "", "m/model.safetensors.index.json: "),
     ("train", index({}), "", "m/model.safetensors.index.json: "),
-    ("train", {"m/model.safetensors.index.json": b"{}"}, "", "m/model.safetensors.index.json: "),
+    ("train", {"m/model.safetensors": None, "m/model.safetensors.index.json": b"{}"}, "",
+     "m/model.safetensors.index.json: "),
+    ("train", {"m/adapter_config.json": b"{}"}, "", "m: has an adapter .*merge it"),
     # ---- values
     *[(command, {}, f"{option} {value}", rf"{option}: {value}.*: must")
       for command, option, value in [

@@ -167,7 +167,7 @@ def test_models_load_by_name(tmp_path, toy_model, monkeypatch):
         patch.setattr(model, "save_torch_state_dict",
                       partial(model.save_torch_state_dict, max_shard_size=40_000))
         ours.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").unlink()
+    assert not (tmp_path / "m" / "model.safetensors").exists()  # it would win over the shards
     extra = {"pytorch_model.bin": b"1", "README.md": b"2", "consolidated.safetensors": b"3",
              "vocab.json": b"{}", "original/model.pth": b"4"}
     files = model_files(tmp_path / "m")

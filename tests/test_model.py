@@ -53,6 +53,49 @@ def test_greedy_equals_transformers(tmp_path, kind):
         assert answer == expected[0, len(prompt):].tolist()
 
 
+def test_single_file_wins_over_a_stale_index(tmp_path):
+    """Guards old shards that are read in place of a newer single file: transformers reads that."""
+    make_hf(tmp_path, "qwen2")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()},
+              tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}))
+    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (Transformer, AutoModelForCausalLM))
+    for name, tensor in ours.state_dict().items():
+        assert tensor.equal(weights[name]) and tensor.equal(theirs.state_dict()[name])
+
+
+def test_no_memory_is_not_a_corrupt_file(tmp_path, monkeypatch):
+    """Guards a full GPU that is reported as a broken download: the error is a RuntimeError, too."""
+    make_hf(tmp_path, "qwen2")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_equal_repeated_ones(tmp_path, dtype):
+    """Guards heads that read the keys of another group, in decoding and in prompts: the same model
+    with each key head written out H / K times gives the same answers."""
+    make_hf(tmp_path / "grouped", "qwen2", eos_token_id=None)
+    grouped = Transformer.from_pretrained(tmp_path / "grouped", dtype)
+    state, Dh = grouped.state_dict(), grouped.config.head_dim
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = tensor.unflatten(0, (-1, Dh)).repeat_interleave(2, 0).flatten(0, 1)
+    full = Transformer(Config({**grouped.config.raw, "num_key_value_heads": 4}))
+    full.load_state_dict(state, assign=True)
+    prompts = [TOKENS[0, :n].tolist() for n in (9, 1, 30, 4)]
+    hidden = [model(TOKENS) for model in (grouped, full)]
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
+    assert grouped.generate(prompts, 24) == full.generate(prompts, 24)
+
+
 def test_several_eos_ids_stop_each_row(tmp_path):
     """Guards stopping on the first EOS only, dropping the EOS, and mixing rows up when ended ones
     leave the batch: with 40 rows and 20 EOS ids, they leave at many different steps."""
@@ -68,11 +111,18 @@ def test_several_eos_ids_stop_each_row(tmp_path):
 
 @torch.no_grad()
 def test_cache_equals_full_forward(tmp_path):
-    """Guards the offset of cached positions: one prefill, a chunk of 5, then single tokens."""
+    """Guards the offset of cached positions and the padding of prompts, which must stay unseen:
+    prompts of 40, 7 and 1 tokens, then single tokens."""
     ours, _ = ours_and_theirs(tmp_path, "llama3 rope, new")
-    full, cache = ours(TOKENS), KVCache(ours.config, 3, 70, torch.zeros(()))
-    parts = [ours(part, cache) for part in TOKENS.split([40, 5, *[1] * 25], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+    lengths = torch.tensor([40, 7, 1])
+    full, cache = ours(TOKENS), KVCache(ours.config, lengths.clone(), 70, torch.float32)
+    hidden = ours(TOKENS[:, :40], cache)
+    torch.testing.assert_close(hidden, full[:, :40], rtol=1e-4, atol=1e-4)
+    for step in range(30):
+        columns = (lengths + step)[:, None]
+        hidden = ours(TOKENS.gather(1, columns), cache)
+        expected = full.take_along_dim(columns[:, :, None], 1)
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -373,6 +374,69 @@ def test_broken_loss_stops_the_run(toy_model, traces, tmp_path):
                         "--resume"))
 
 
+def test_save_dtype(traces, toy_model, tmp_path, capsys):
+    """Guards a student that bf16 has robbed of its training without a word: small steps are rounded
+    away and large ones are not. Recomputed from the run in fp32 and the start."""
+    start = tmp_path / "start"  # on bf16's own numbers, as real checkpoints are
+    shutil.copytree(toy_model, start)
+    model = Transformer.from_pretrained(toy_model).bfloat16().float()
+    model.folder = toy_model
+    model.save_pretrained(start)
+    shares = []
+    for lr in ("1e-5", "1e-2"):
+        found = []
+        for dtype in ("float32", "bfloat16"):
+            out = tmp_path / f"{lr}-{dtype}"
+            train.train(options(start, traces, out, "--lr", lr, "--save-dtype", dtype))
+            found.append(load_file(out / "model.safetensors"))
+        before = load_file(start / "model.safetensors")
+        update = torch.cat([(found[0][name] - before[name]).flatten() for name in before])
+        kept = torch.cat([(found[1][name].float() - before[name]).flatten() for name in before])
+        shares.append((update @ kept / (update @ update)).item())
+        assert {tensor.dtype for tensor in found[1].values()} == {torch.bfloat16}
+        said = re.findall(r"bfloat16, (\d+)% of the update survives", capsys.readouterr().out)
+        assert said == [f"{shares[-1] * 100:.0f}"]
+    assert shares[0] < 0.4 < 0.9 < shares[1]
+
+
+def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
+    """Guards a collapse that looks like success, since the weighted loss falls; each sign is said
+    once, SFT says neither, and a healthy run nothing. Steps with several copies of a trace, too."""
+    far = tmp_path / "far.jsonl"  # the teacher is sure of each token, the student is not
+    data.write_jsonl(far, [{**record, "teacher_logprobs": [0.0] * len(record["teacher_logprobs"])}
+                           for _, record in data.read_jsonl(traces)])
+    said = {}
+    for name, file, more in (("far", far, ["--tau", "0.1"]), ("sft", far, ["--objective", "sft"]),
+                             ("wild", traces, ["--lr", "1", "--steps", "12"]),
+                             ("healthy", traces, ["--lr", "1e-4"])):
+        train.train(options(toy_model, file, tmp_path / name, "--batch-size", "30", *more))
+        said[name] = capsys.readouterr().out
+    assert said["far"].count("warning: nearly no token counts") == 1
+    assert said["wild"].count("warning: the unweighted loss was") == 1
+    assert said["wild"].count("--objective sft first") >= 1
+    for name in ("sft", "healthy"):
+        copies = said[name].count("a step holds each trace 1.5 times")
+        assert said[name].count("warning: ") == copies == 1
+
+
+def test_another_device_may_continue(toy_model, traces, tmp_path, monkeypatch):
+    """Guards a run that can only be resumed where it began."""
+    interrupted(monkeypatch, options(toy_model, traces, tmp_path / "run"), 7)
+    args = options(toy_model, traces, tmp_path / "run", "--resume", "--device", "cuda:1")
+    args.dtype = "float32"
+    assert "device" not in train.load_run(args)["options"]
+
+
+def test_dtype_by_device():
+    """Guards fp32 on a GPU, where attention is slow in it, and bf16 on a CPU; --dtype wins."""
+    run = ["--student", "s", "--traces", "t", "--out", "o"]
+    for more, expected in ((["--device", "cpu"], "float32"), (["--device", "cuda:0"], "bfloat16"),
+                           (["--device", "cuda", "--dtype", "float32"], "float32"),
+                           (["--device", "cpu", "--dtype", "bfloat16"], "bfloat16")):
+        assert train.parse_args([*run, *more]).dtype == expected
+    assert train.parse_args(["--device", "cuda"]).dtype == "float32"  # the toy's digits
+
+
 def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys):
     """Guards two runs in one folder, resuming with other options or other traces, and broken files
     of a checkpoint. Each message names the folder or file and the cause."""
@@ -462,7 +526,7 @@ def test_on_policy_batches(toy_model, traces, tmp_path):
     args = options(toy_model, traces, tmp_path / "x", *more, "0.3")
     for step in range(20):
         parts = [list(examples[:5]), list(examples[5:10])]
-        assert train.resample_on_policy(student, parts, step, args) is None
+        assert evaluate.resample_on_policy(student, parts, step, args) is None
         assert [len(part) for part in parts] == [5, 5]
         for i, example in enumerate(parts[0] + parts[1]):
             old, size = examples[i], example.prompt_length
