@@ -339,7 +339,7 @@ def encode_problems(problems: list[dict], tokenizer: data.Tokenizer) -> list[lis
         valid = isinstance(prefix, list) and all(i in known for i in prefix)
         check(valid, f"{where}: prefix: not ids of the tokenizer in {tokenizer.folder}")
         messages = data.get_messages(problem, where)
-        prompts.append(tokenizer.encode_prompt(messages) + prefix)
+        prompts.append(tokenizer.encode_prompt(messages, where) + prefix)
     return prompts
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
