@@ -591,8 +591,8 @@ def download_benchmark(name: str) -> Path:
     try:
         while len(rows) < total:
             query["offset"] = len(rows)
-            reply = utils.http_backoff("GET", url, params=query,
-                                       headers=utils.build_hf_headers())
+            reply = utils.http_backoff("GET", url, params=query, timeout=10,
+                                       headers=utils.build_hf_headers(), base_wait_time=0.2)
             utils.hf_raise_for_status(reply)
             page = reply.json()
             check(page["rows"], f"no rows behind row {len(rows)}")
@@ -608,11 +608,12 @@ def download_benchmark(name: str) -> Path:
 
 def load_problems(benchmark: PathLike, suffix: str | None = None) -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
-    suffix (for a name: SUFFIX) follows each question that does not ask for a box yet."""
+    suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
     name = str(benchmark).partition(":")[0]
     if name in BENCHMARKS and not Path(benchmark).exists():
         benchmark = download_benchmark(str(benchmark))
-        suffix = SUFFIX if suffix is None else suffix
+        suffix = "box" if suffix is None else suffix
+    suffix = SUFFIX if suffix == "box" else suffix
     problems = []
     for where, record in read_jsonl(benchmark):
         present = [record[name] for name in GOLDS if name in record]

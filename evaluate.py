@@ -644,8 +644,8 @@ def main(argv: list[str] | None = None) -> None:
         if function in (accuracy, exposure):
             add("--benchmark", required=True, help=f"{', '.join(data.BENCHMARKS)}; with a "
                 "split: gsm8k:train; or FILE.jsonl")
-            add("--suffix", help="text after each question that asks for no \\boxed "
-                f"(default for a benchmark with a name: {data.SUFFIX!r})")
+            add("--suffix", help="text after each question that asks for no \\boxed; box, "
+                f"the default for a benchmark with a name, is {data.SUFFIX!r}")
             add("--limit", type=count, default=0, help="only the first problems")
             add("--max-new-tokens", type=positive, default=1024, help="default: 1024")
             size = 256 if torch.cuda.is_available() else 16
