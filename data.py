@@ -7,8 +7,9 @@ A trace is one JSON object per line:
 
 `prompt` is what the user says. `messages`, a list of {"role", "content"}, can replace it
 and can end in the response. Optional: `tokens`, ids of the response and its end of turn;
-`teacher_logprobs`, the log-probability of each (natural log, temperature 1). A trace with a
-false `correct` or `finished` is dropped and counted. Its path: load_traces, encode_trace,
+`teacher_logprobs`, the log-probability of each (natural log, temperature 1); what these are
+compared with: `prompt_tokens` (ids or their number), `vocab` (a hash). A trace with a false
+`correct` or `finished` is dropped and counted. Its path: load_traces, encode_trace,
 step_examples, [train.resample_on_policy], collate, train.backward, loss.token_losses.
 """
 
@@ -239,9 +240,8 @@ class Tokenizer:
         """Refuses a prompt that lacks a turn: templates drop the roles they do not know."""
         check(messages and messages[-1]["role"] != "assistant", f"{where}: messages: no "
               "question, or an answer that would be in the prompt; remove it or `response`")
-        marked = []
-        for i, turn in enumerate(messages):
-            marked.append({**turn, "content": f"{turn['content']}[turn {i}]"})
+        marked = [{**turn, "content": f"{turn['content']}[turn {i}]"}
+                  for i, turn in enumerate(messages)]
         rendered = self.apply_chat_template(marked, where=where)
         for i, turn in enumerate(messages):
             check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
@@ -292,6 +292,7 @@ def text_field(record: dict, where: str, *names: str) -> str:
           f"{str(text)[:40]!r}: expected text that is not empty")
     return text
 
+# Fields of a trace or of a turn that hold a part of it, and that nothing here reads.
 TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
 UNREAD = dict.fromkeys(["reasoning_content", "reasoning", "thinking"], TO_TEXT)
 UNREAD |= dict.fromkeys(["tools", "tool_calls", "functions", "function_call"],
@@ -307,13 +308,14 @@ def get_messages(record: dict, where: str) -> list:
                 raise BadInput(f"{where}: {conversion(name, where)}")
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
+    for fields in [record, *turns]:
+        for name, advice in UNREAD.items():
+            unread = isinstance(fields, dict) and fields.get(name)
+            check(not unread, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
         texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
         check(texts and all(isinstance(text, str) for text in texts),
               f"{where}: messages: expected turns with role and content, both text")
-    for fields in [record, *turns]:
-        for name, advice in UNREAD.items():
-            check(not fields.get(name), f"{where}: {name} would be lost; {advice}")
     return turns
 
 def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
@@ -369,9 +371,8 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
     check(prompt, f"{where}: the prompt has no token, so nothing predicts the response")
     logp = None
     if teacher:
-        vocab = record.get("vocab") or tokenizer.vocab_hash
-        check(vocab == tokenizer.vocab_hash, f"{where}: teacher_logprobs are of the tokens of "
-              "another tokenizer; use --objective sft")
+        check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
+              "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
         values = record.get("teacher_logprobs") or []
         check(isinstance(values, list) and len(values) == len(ids),
               f"{where}: teacher_logprobs: expected {len(ids)} numbers, one for each token "
@@ -387,9 +388,9 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
 def drop_reason(record: dict, where: str = "trace", teacher: bool = False) -> str:
     """Why a trace is dropped, or "". With `teacher`, it needs all its log-probabilities."""
     for name, reason in (("finished", "unfinished"), ("correct", "wrong")):
-        value = record.get(name)  # null: unknown
-        check(value in (None, False, True),  # spreadsheets write 0 and 1
-              f"{where}: {name} = {value!r}: expected true, false or null")
+        value = record.get(name)  # spreadsheets write 0 and 1; null is unknown
+        check(value in (None, False, True), f"{where}: {name} = {value!r}: expected true, "
+              "false or null")
         if value is not None and not value:
             return reason
     values = record.get("teacher_logprobs") if teacher else None
@@ -670,10 +671,8 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
 def save_toy_tokenizer(folder: Path) -> int:
     """One token for each word of the toy world, as files of a Hugging Face tokenizer."""
     words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10))]
-    for letter in LETTERS:
-        words += [letter + sign + digit for sign in SIGNS for digit in "234"]
-    for letter in LETTERS:
-        words += [f"{letter}={value}" for value in range(10)]
+    words += [letter + sign + k for letter in LETTERS for sign in SIGNS for k in "234"]
+    words += [f"{letter}={value}" for letter in LETTERS for value in range(10)]
     vocab = {word: i for i, word in enumerate(words)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

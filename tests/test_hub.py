@@ -195,7 +195,7 @@ def test_suffix_box(tmp_path):
                             {"prompt": "\\boxed{?} of 1+1", "answer": "2"}])
     asked = ["1+1?" + data.SUFFIX, "\\boxed{?} of 1+1"]
     assert [problem["prompt"] for problem in data.load_problems(file, "box")] == asked
-    assert [problem["prompt"] for problem in data.load_problems(file, " box")][0] == "1+1? box"
+    assert data.load_problems(file, " box")[0]["prompt"] == "1+1? box"
     publish("gsm8k", [{"question": "1+1?", "answer": "#### 2"}])
     for suffix in (None, "box"):
         assert data.load_problems("gsm8k", suffix)[0]["prompt"] == asked[0]
