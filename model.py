@@ -41,8 +41,8 @@ def model_folder(path_or_repo: str | Path) -> Path:
     """A folder as it is, or the Hub's "org/name", downloaded once into the Hub's cache."""
     path = Path(path_or_repo)
     gguf = path.name.lower().endswith("gguf") or any(path.glob("*.gguf"))
-    check(not gguf or (path / "config.json").exists(), f"{path}: GGUF is llama.cpp's format;"
-          " give the Hugging Face folder (config.json, *.safetensors) that it was made from")
+    check(not gguf or (path / "config.json").exists(), f"{path}: GGUF is llama.cpp's "
+          "format; give the Hugging Face folder (*.safetensors) that it was made from")
     if path.is_dir():
         return path
     files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]

@@ -132,7 +132,8 @@ def test_templates_have_one_date(toy_model, tmp_path, monkeypatch, form, date):
     """Guards today's date in any template, asked for as it likes."""
     shutil.copytree(toy_model, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }} <end>{% endfor %}{{ strftime_now('" f"{form}') }}}}")
+        "{% for m in messages %}{{ m.content }} <end>{% endfor %}"
+        f"{{{{ strftime_now('{form}') }}}}")
     check_the_date(data.Tokenizer(tmp_path / "m"), monkeypatch, form, date)
 
 
