@@ -7,15 +7,16 @@ A trace is one JSON object per line:
 
 `prompt` is what the user says. `messages`, a list of {"role", "content"}, can replace it
 and can end in the response. Optional: `tokens`, ids of the response and its end of turn;
-`teacher_logprobs`, the log-probability of each (natural log, temperature 1). A trace with a
-false `correct` or `finished` is dropped and counted. Its path: load_traces, encode_trace,
+`teacher_logprobs`, the log-probability of each (natural log, temperature 1); what these are
+compared with: `prompt_tokens` (ids or their number), `vocab` (a hash). A trace with a false
+`correct` or `finished` is dropped and counted. Its path: load_traces, encode_trace,
 step_examples, [train.resample_on_policy], collate, train.backward, loss.token_losses.
 """
 
 import argparse
+import hashlib
 import json
 import math
-import operator
 import random
 import re
 import shutil
@@ -33,10 +34,8 @@ import numpy as np
 import tokenizers
 import torch
 from huggingface_hub import constants, errors, utils
-from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
@@ -44,19 +43,41 @@ from model import BadInput, Config, KVCache, Transformer, check, model_folder, r
 
 PathLike = str | Path
 # ---- Files and command lines, for the three programs
+MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
+FORMATS = {  # what is not JSONL of traces, and the rows that make it so
+    "gzip": "map(json.loads, gzip.open(FILE))",
+    "Parquet": 'json.loads(pandas.read_parquet(FILE).to_json(orient="records"))',
+    "a JSON array": "json.load(open(FILE))",
+    "ShareGPT": '({**r, "messages": [{"role": {"human": "user", "gpt": "assistant"}.get('
+                't["from"], t["from"]), "content": t["value"]} for t in r["conversations"]]'
+                "} for _, r in data.read_jsonl(FILE))",
+    "Alpaca": '({**r, "prompt": (r["instruction"] + "\\n\\n" + (r.get("input") or ""))'
+              '.strip(), "response": r["output"]} for _, r in data.read_jsonl(FILE))',
+}
+
+def conversion(name: str, where: str) -> str:
+    """What to say of a file in another format: its name, and a command that converts it."""
+    rows = FORMATS[name].replace("FILE", json.dumps(where.partition(" line ")[0]))
+    modules = "data, gzip, json" + ", pandas" * (name == "Parquet")
+    return (f"this is {name}, not JSONL of traces; convert it with python -c 'import "
+            f"{modules}; data.write_jsonl(\"new.jsonl\", {rows})'")
+
 def read_jsonl(path: PathLike) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE line K", record) for each line that is not blank."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path} line {number}"
+            where, hint = f"{path} line {number}", ""
+            for start, name in MAGIC.items():
+                if number == 1 and line.startswith(start):
+                    hint = f"; {conversion(name, where)}"
             try:
                 record = json.loads(line)
                 json.dumps(record, ensure_ascii=False).encode()  # no half of an emoji
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: not valid JSON: {error!s:.200}") from error
-            check(isinstance(record, dict), f"{where}: not a JSON object")
+                raise BadInput(f"{where}: not valid JSON: {error!s:.200}{hint}") from error
+            check(isinstance(record, dict), f"{where}: not a JSON object{hint}")
             yield where, record
 
 @contextmanager
@@ -143,9 +164,10 @@ def raise_exception(message: str) -> None:
 # Chat templates come from strangers. This sandbox, the one of transformers, keeps them from
 # files and from Python's internals, but not from running forever.
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                          extensions=[loopcontrols])
+                                          extensions=["jinja2.ext.loopcontrols"])
+# Llama 3's template prints a date. It is always its default, so a prompt stays the same.
 TEMPLATES.globals.update(raise_exception=raise_exception,
-                         strftime_now=lambda form: datetime.now().strftime(form))
+                         strftime_now=datetime(2024, 7, 26).strftime)
 
 class Tokenizer:
     """tokenizer.json, chat template and end-of-turn token of a Hugging Face folder."""
@@ -161,6 +183,8 @@ class Tokenizer:
         self.backend.no_truncation()
         self.vocab = self.backend.get_vocab()
         self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
+        words = "\n".join(sorted(self.vocab, key=lambda word: self.vocab[word]))
+        self.vocab_hash = hashlib.sha256(words.encode()).hexdigest()[:8]
         file = self.folder / "tokenizer_config.json"
         config = read_json(file) if file.exists() else {}
         if config.get("legacy") is False and "\u2581" in self.vocab:
@@ -184,6 +208,8 @@ class Tokenizer:
         except (jinja2.TemplateError, LookupError, TypeError) as error:
             raise BadInput(f"{self.folder}: chat template: {error!s:.300}") from error
         self.eot_id = self._find_end_of_turn()
+        ends = [self.backend.id_to_token(self.eot_id), self.special_tokens.get("eos_token")]
+        self.ends = rf"(?:(?:{'|'.join(re.escape(end) for end in ends if end)})\s*)+\Z"
 
     def _find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
@@ -204,23 +230,41 @@ class Tokenizer:
                        "eos_token in tokenizer_config.json")
 
     def apply_chat_template(self, messages: list[dict],
-                            add_generation_prompt: bool = True, **options: object) -> str:
+                            add_generation_prompt: bool = True,
+                            where: str = "", **options: object) -> str:
         """The text that a model is given. Every prompt of the project is rendered here."""
+        where = where or str(self.folder)
         if self.template is None:
-            check(len(messages) == 1, f"{self.folder}: no chat template for several turns")
+            check(len(messages) == 1, f"{where}: no chat template for several turns")
             return messages[0]["content"]
         try:
             return self.template.render(messages=messages, **self.special_tokens, **options,
                                         add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can fail in any way
-            raise BadInput(f"{self.folder}: chat template: {error!r:.300}") from error
+            raise BadInput(f"{where}: chat template: {error!r:.300}") from error
 
-    def encode_prompt(self, messages: list[dict]) -> list[int]:
-        text = self.apply_chat_template(messages)
+    def encode_prompt(self, messages: list[dict], where: str = "prompt") -> list[int]:
+        """Refuses a prompt that lacks a turn: templates drop the roles they do not know."""
+        check(messages and messages[-1]["role"] != "assistant", f"{where}: messages: no "
+              "question, or an answer that would be in the prompt; remove it or `response`")
+        marked = [{**turn, "content": f"{turn['content']}[turn {i}]"}
+                  for i, turn in enumerate(messages)]
+        rendered = self.apply_chat_template(marked, where=where)
+        for i, turn in enumerate(messages):
+            check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
+                  f"turn of role {turn['role']!r}; use system, user and assistant")
+        text = self.apply_chat_template(messages, where=where)
         return self.encode(text, bos=self.template is None)  # a template writes BOS itself
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return self.backend.encode(text, add_special_tokens=bos).ids
+
+    def encode_response(self, text: str) -> list[int]:
+        """The ids of a response and of one end of turn, which some texts have already.
+        SentencePiece puts a word mark before a text. Behind a prompt, there is none."""
+        start = "\n" if "\u2581" in self.vocab else ""
+        ids = self.encode(start + re.sub(self.ends, "", text))
+        return [*ids[len(self.encode(start)):], self.eot_id]
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without its end-of-turn token."""
@@ -276,12 +320,26 @@ def text_field(record: dict, where: str, *names: str) -> str:
           f"{str(text)[:40]!r}: expected text that is not empty")
     return text
 
+# Fields of a trace or of a turn that hold a part of it, and that nothing here reads.
+TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
+UNREAD = dict.fromkeys(["reasoning_content", "reasoning", "thinking"], TO_TEXT)
+UNREAD |= dict.fromkeys(["tools", "tool_calls", "functions", "function_call"],
+                        "tools are not supported; remove the trace")
+
 def get_messages(record: dict, where: str) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
-    if "messages" not in record:
-        return [{"role": "user", "content": text_field(record, where, "prompt")}]
-    turns = record["messages"]
+    if "messages" in record:
+        turns = record["messages"]
+    else:
+        for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
+            if field in record and "prompt" not in record:
+                raise BadInput(f"{where}: {conversion(name, where)}")
+        turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
+    for fields in [record, *turns]:
+        for name, advice in UNREAD.items():
+            unread = isinstance(fields, dict) and fields.get(name)
+            check(not unread, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
         texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
         check(texts and all(isinstance(text, str) for text in texts),
@@ -290,7 +348,7 @@ def get_messages(record: dict, where: str) -> list:
 
 def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
     messages = get_messages(record, where)
-    if "response" not in record and messages[-1]["role"] == "assistant":
+    if record.get("response") is None and messages[-1]["role"] == "assistant":
         return messages[:-1], text_field(messages[-1], where, "content")
     return messages, text_field(record, where, "response")
 
@@ -298,8 +356,9 @@ def trace_fields(ids: list[int], logp: Iterable, tokenizer: Tokenizer,
                  finished: bool) -> dict:
     """Write a sampled response. `tokens` is left out if the text gives the same ids."""
     text = tokenizer.decode(ids[:-1] if finished else ids)
-    fields = {"response": text, "finished": finished, "teacher_logprobs": round_logp(logp)}
-    if ids != [*tokenizer.encode(text), tokenizer.eot_id]:
+    fields = {"response": text, "finished": finished, "teacher_logprobs": round_logp(logp),
+              "vocab": tokenizer.vocab_hash}
+    if ids != tokenizer.encode_response(text):
         fields["tokens"] = ids
     return fields
 
@@ -311,11 +370,13 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
     response = prompt_and_response(record, where)[1]
     ids = record.get("tokens")
     if ids is None:
-        return [*tokenizer.encode(response), tokenizer.eot_id]
+        return tokenizer.encode_response(response)
     size = tokenizer.vocab_size
     known = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
-    finished = record.get("finished") is not False
-    check(ids and known and tokenizer.decode(ids[:-1] if finished else ids) == response,
+    finished = record.get("finished") in (None, True)
+    body = ids[:-1] if known and finished else ids
+    check(ids and known and tokenizer.backend.decode(body, skip_special_tokens=False)
+          == re.sub(tokenizer.ends, "", response),
           f"{where}: tokens do not spell the response and its end of turn; of another "
           "tokenizer? Then remove them and teacher_logprobs; use --objective sft")
     return ids
@@ -324,58 +385,70 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
                  teacher: bool = False) -> Example:
     """Read a trace as tokens; with `teacher`, it must have teacher_logprobs. Prompt and
     response are tokenized separately: in one string, tokens can merge across the seam."""
-    prompt = tokenizer.encode_prompt(prompt_and_response(record, where)[0])
+    prompt = tokenizer.encode_prompt(prompt_and_response(record, where)[0], where)
     ids = response_ids(record, tokenizer, where)
+    given = record.get("prompt_tokens")  # the ids of the teacher's prompt, or their number
+    if given not in (None, len(prompt), prompt):
+        count = len(given) if isinstance(given, list) else given
+        raise BadInput(f"{where}: prompt_tokens: {count} there, {len(prompt)} other ones "
+                       f"here: {tokenizer.decode(prompt)!r:.200}; was the trace made under "
+                       "another prompt, perhaps with a default system prompt or a date?")
     think = tokenizer.vocab.get("<think>")
     if ids[0] == think and think in prompt[-2:]:  # the template opens the thinking, too
         prompt = prompt[:prompt.index(think, -2)]
     check(prompt, f"{where}: the prompt has no token, so nothing predicts the response")
     logp = None
     if teacher:
+        check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
+              "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
         values = record.get("teacher_logprobs") or []
         check(isinstance(values, list) and len(values) == len(ids),
               f"{where}: teacher_logprobs: expected {len(ids)} numbers, one for each token "
               f"and the end of turn, not {str(values)[:40]}. Score it with `python data.py "
               "score`, or check that both models share a tokenizer")
         for value in values:
-            valid = isinstance(value, int | float) and -math.inf < value <= 1e-3
-            check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability")
+            valid = type(value) in (int, float) and -math.inf < value <= 1e-3
+            check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability: "
+                  "these are finite and at most 0 (a loss or a probability is above)")
         logp = np.array(values, dtype=np.float32)
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
 
-def drop_reason(record: dict, teacher: bool = False) -> str:
+def drop_reason(record: dict, where: str = "trace", teacher: bool = False) -> str:
     """Why a trace is dropped, or "". With `teacher`, it needs all its log-probabilities."""
-    if record.get("finished") is False:
-        return "unfinished"
-    if record.get("correct") is False:
-        return "wrong"
+    for name, reason in (("finished", "unfinished"), ("correct", "wrong")):
+        value = record.get(name)  # spreadsheets write 0 and 1; null is unknown
+        check(value in (None, False, True), f"{where}: {name} = {value!r}: expected true, "
+              "false or null")
+        if value is not None and not value:
+            return reason
     values = record.get("teacher_logprobs") if teacher else None
     if isinstance(values, list) and (None in values or -9999 in values):  # vLLM's -inf
         return "with a log-probability of null or -9999"
     return ""
 
-def read_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.inf,
-                teacher: bool = False) -> tuple[list, Counter]:
-    """(record, example) of each usable trace, and counts of the dropped ones by reason. A
-    long trace is dropped, not cut: half a trace teaches the student not to stop."""
-    traces, dropped = [], Counter()
+def load_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.inf,
+                teacher: bool = False,
+                records: list | None = None) -> tuple[list[Example], Counter]:
+    """The usable traces, and counts of the dropped ones by reason; `records` gets their
+    lines. A long trace is not cut: half a trace teaches the student not to stop."""
+    examples, dropped = [], Counter()
     for where, record in progress(read_jsonl(path), "reading traces"):
-        reason = drop_reason(record, teacher)
+        reason = drop_reason(record, where, teacher)
         if not reason:
             example = encode_trace(record, tokenizer, where, teacher)
-            if len(example.tokens) <= max_length:
-                traces.append((record, example))
-                continue
-            reason = f"longer than {max_length} tokens"
-        dropped[reason] += 1
-    check(traces, f"{path}: no usable trace; dropped: {dict(dropped) or 'none'}")
-    return traces, dropped
-
-def load_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.inf,
-                teacher: bool = False) -> tuple[list[Example], Counter]:
-    """The usable traces of a file, and how many were dropped for which reason."""
-    traces, dropped = read_traces(path, tokenizer, max_length, teacher)
-    return [example for _, example in traces], dropped
+            if len(example.tokens) > max_length:
+                reason = f"longer than {max_length} tokens"
+        if reason:
+            dropped[reason] += 1
+            continue
+        examples.append(example)
+        if records is not None:
+            records.append(record)
+    check(examples, f"{path}: no usable trace; dropped: {dict(dropped) or 'none'}")
+    check(not teacher or any(example.teacher_logp.any() for example in examples),
+          f"{path}: all teacher_logprobs are 0, as processed at temperature 0; ask for raw "
+          "ones (vLLM: logprobs_mode raw_logprobs), or use `python data.py score`")
+    return examples, dropped
 
 # ---- Batches
 class Batch(NamedTuple):
@@ -448,18 +521,20 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
 def score(args: argparse.Namespace) -> None:
     """Add a local teacher's log-probabilities to traces."""
     teacher, tokenizer = load(args.teacher, args.dtype, args.device)
-    traces, dropped = read_traces(args.traces, tokenizer)
-    logps = response_logp(teacher, [example for _, example in traces])
-    for (record, _), logp in zip(traces, logps, strict=True):
+    records: list = []
+    examples, dropped = load_traces(args.traces, tokenizer, records=records)
+    logps = response_logp(teacher, examples)
+    for record, logp in zip(records, logps, strict=True):
         record["teacher"] = args.teacher
         record["teacher_logprobs"] = round_logp(logp)
-    write_jsonl(args.out, [record for record, _ in traces])
-    print(f"{args.out}: {len(traces)} traces scored; dropped: {dict(dropped)}")
+        record["vocab"] = tokenizer.vocab_hash
+    write_jsonl(args.out, records)
+    print(f"{args.out}: {len(records)} traces scored; dropped: {dict(dropped)}")
 
 def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
                    separator: str) -> np.ndarray:
     """Mean log-probability of the tokens that begin in each sentence: [sentences]."""
-    stream = DecodeStream(skip_special_tokens=False)
+    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
     text, starts = "", []
     for token in example.tokens[example.prompt_length:].tolist():
         starts.append(len(text))
@@ -474,17 +549,17 @@ def select(args: argparse.Namespace) -> None:
     sentences that the teacher finds twice as likely as the student, per token."""
     re.compile(args.separator)  # an invalid one must fail before the long work
     student, tokenizer = load(args.student, args.dtype, args.device)
-    traces, dropped = read_traces(args.traces, tokenizer, teacher=True)
-    logps = response_logp(student, [example for _, example in traces])
+    records: list = []
+    examples, dropped = load_traces(args.traces, tokenizer, math.inf, True, records)
     shares = []
-    for (_, example), q_logp in zip(traces, logps, strict=True):
+    for example, q_logp in zip(examples, response_logp(student, examples), strict=True):
         p = sentence_means(tokenizer, example, example.teacher_logp, args.separator)
         q = sentence_means(tokenizer, example, q_logp, args.separator)
         shares.append(np.mean(p - q > math.log(2)))
     ranked = np.argsort(-np.array(shares), kind="stable")
-    kept = np.sort(ranked[:math.ceil(args.keep * len(traces))])
-    write_jsonl(args.out, [traces[i][0] for i in kept])
-    print(f"{args.out}: kept {len(kept)} of {len(traces)} traces; dropped: {dict(dropped)}")
+    kept = np.sort(ranked[:math.ceil(args.keep * len(records))])
+    write_jsonl(args.out, [records[i] for i in kept])
+    print(f"{args.out}: kept {len(kept)} of {len(shares)} traces; dropped: {dict(dropped)}")
 
 def mix(args: argparse.Namespace) -> None:
     """DASD's mixed-policy distillation (arXiv 2601.09088): student answers that were cut
@@ -493,7 +568,7 @@ def mix(args: argparse.Namespace) -> None:
     tokenizer, rng = Tokenizer(args.student), random.Random(args.seed)
     longest = Counter()  # problem: tokens of the teacher's longest right answer
     for where, record in read_jsonl(args.traces):
-        if not drop_reason(record):
+        if not drop_reason(record, where):
             name = str(record.get("id"))
             longest[name] = max(longest[name], len(response_ids(record, tokenizer, where)))
     problems, answers = [], list(read_jsonl(args.answers))
@@ -502,7 +577,7 @@ def mix(args: argparse.Namespace) -> None:
         ids, limit = [], int(1.5 * longest[str(record["id"])])
         if record.get("response"):
             ids = response_ids(record, tokenizer, where)[:limit]
-        cut_off = record.get("finished") is False or len(ids) == limit
+        cut_off = drop_reason(record, where) == "unfinished" or len(ids) == limit
         if ids and (cut_off or args.continue_all):
             if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
                 ids = ids[:-1]
@@ -544,8 +619,8 @@ def download_benchmark(name: str) -> Path:
     try:
         while len(rows) < total:
             query["offset"] = len(rows)
-            reply = utils.http_backoff("GET", url, params=query,
-                                       headers=utils.build_hf_headers())
+            reply = utils.http_backoff("GET", url, params=query, timeout=10,
+                                       headers=utils.build_hf_headers(), base_wait_time=0.2)
             utils.hf_raise_for_status(reply)
             page = reply.json()
             check(page["rows"], f"no rows behind row {len(rows)}")
@@ -561,11 +636,12 @@ def download_benchmark(name: str) -> Path:
 
 def load_problems(benchmark: PathLike, suffix: str | None = None) -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
-    suffix (for a name: SUFFIX) follows each question that does not ask for a box yet."""
+    suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
     name = str(benchmark).partition(":")[0]
     if name in BENCHMARKS and not Path(benchmark).exists():
         benchmark = download_benchmark(str(benchmark))
-        suffix = SUFFIX if suffix is None else suffix
+        suffix = "box" if suffix is None else suffix
+    suffix = SUFFIX if suffix == "box" else suffix
     problems = []
     for where, record in read_jsonl(benchmark):
         present = [record[name] for name in GOLDS if name in record]
@@ -594,7 +670,7 @@ def load_problems(benchmark: PathLike, suffix: str | None = None) -> list[dict]:
 
 # ---- The toy world: a digit and six operations modulo 10
 LETTERS = "abcdef"
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 TOY_TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }} \
 {{ '<end> ' if m.role == 'assistant' }}{% endfor %}\
 {{ '<assistant>' if add_generation_prompt }}"""
@@ -622,10 +698,8 @@ def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> di
 def save_toy_tokenizer(folder: Path) -> int:
     """One token for each word of the toy world, as files of a Hugging Face tokenizer."""
     words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10))]
-    for letter in LETTERS:
-        words += [letter + sign + digit for sign in SIGNS for digit in "234"]
-    for letter in LETTERS:
-        words += [f"{letter}={value}" for value in range(10)]
+    words += [letter + sign + k for letter in LETTERS for sign in SIGNS for k in "234"]
+    words += [f"{letter}={value}" for letter in LETTERS for value in range(10)]
     vocab = {word: i for i, word in enumerate(words)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -339,7 +339,7 @@ def encode_problems(problems: list[dict], tokenizer: data.Tokenizer) -> list[lis
         valid = isinstance(prefix, list) and all(i in known for i in prefix)
         check(valid, f"{where}: prefix: not ids of the tokenizer in {tokenizer.folder}")
         messages = data.get_messages(problem, where)
-        prompts.append(tokenizer.encode_prompt(messages) + prefix)
+        prompts.append(tokenizer.encode_prompt(messages, where) + prefix)
     return prompts
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
@@ -692,8 +692,8 @@ def main(argv: list[str] | None = None) -> None:
         if function in (accuracy, exposure):
             add("--benchmark", required=True, help=f"{', '.join(data.BENCHMARKS)}; with a "
                 "split: gsm8k:train; or FILE.jsonl")
-            add("--suffix", help="text after each question that asks for no \\boxed "
-                f"(default for a benchmark with a name: {data.SUFFIX!r})")
+            add("--suffix", help="text after each question that asks for no \\boxed; box, "
+                f"the default for a benchmark with a name, is {data.SUFFIX!r}")
             add("--limit", type=count, default=0, help="only the first problems")
             add("--max-new-tokens", type=positive, default=1024, help="default: 1024")
             size = 256 if torch.cuda.is_available() else 16

@@ -43,8 +43,12 @@ def read_json(file: Path) -> dict:
 
 def model_folder(path_or_repo: str | Path) -> Path:
     """A folder as it is, or the Hub's "org/name", downloaded once into the Hub's cache."""
-    if Path(path_or_repo).is_dir():
-        return Path(path_or_repo)
+    path = Path(path_or_repo)
+    gguf = path.name.lower().endswith("gguf") or any(path.glob("*.gguf"))
+    check(not gguf or (path / "config.json").exists(), f"{path}: GGUF is llama.cpp's "
+          "format; give the Hugging Face folder (*.safetensors) that it was made from")
+    if path.is_dir():
+        return path
     files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=files))

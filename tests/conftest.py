@@ -8,6 +8,7 @@ from hub import HUB
 os.environ["HF_ENDPOINT"] = HUB.endpoint  # before huggingface_hub is imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "0"  # clusters export 1, and the server of hub.py is not the Hub
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import atexit

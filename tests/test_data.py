@@ -73,6 +73,77 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monk
     else:
         expected = theirs(turns[0]["content"])["input_ids"]
     assert tokenizer.encode_prompt(turns) == expected
+    if "R1" in name or "Qwen3" in name:
+        return  # these templates change the thinking of an answer
+    answer = {"role": "assistant", "content": "The answer is 46."}
+    ids = data.encode_trace({"messages": [*turns, answer]}, tokenizer, "line 1").tokens.tolist()
+    if cases:  # prompt and response apart have the ids of the chat as a whole
+        whole = theirs.apply_chat_template([*turns, answer], tokenize=False,
+                                           date_string="21 Nov 2026")
+        assert theirs(whole, add_special_tokens=False)["input_ids"][:len(ids)] == ids
+    else:
+        assert theirs(turns[0]["content"] + "The answer is 46.")["input_ids"] == ids[:-1]
+
+
+@pytest.mark.parametrize("name", [name for name in REAL if name != "Llama-2-7b-hf"])
+def test_real_templates_drop_no_turn(shared, tmp_path, name):
+    """Guards a question or instructions that vanish since a real template does not know the role,
+    and refusing what is only trimmed, moved to the front or the thinking of an earlier turn."""
+    tokenizer, refused = real_tokenizer(shared, tmp_path, name), []
+    for role in ("developer", "human", "User", "critic"):
+        for turns in ([(role, "Why?")], [("system", "Be brief."), (role, "Why?")],
+                      [("user", "Why?"), (role, "Why?")]):
+            record = {"messages": [{"role": r, "content": text} for r, text in turns],
+                      "response": "4"}
+            try:
+                example = data.encode_trace(record, tokenizer, "t line 1")
+            except BadInput as error:
+                refused.append(role)
+                assert f"t line 1: the chat template leaves out the turn of role '{role}'" in str(
+                    error)
+            else:
+                text = tokenizer.decode(example.tokens.tolist())
+                assert all(text.count(turn[1]) >= turns.count(turn) for turn in turns)
+    assert not refused if name in ("SmolLM2-Instruct", "Llama-3.2-Instruct") else len(refused) == 12
+    turns = [("system", " Be brief.\n"), ("user", "Why?\n"), ("user", "Why?\n"),
+             ("assistant", "<think>\nHm.\n</think>\n\nSo."), ("user", "")]
+    record = {"messages": [{"role": r, "content": text} for r, text in turns], "response": "4"}
+    text = tokenizer.decode(data.encode_trace(record, tokenizer, "t line 1").tokens.tolist())
+    assert text.count("Why?") == 2 and "Be brief." in text and "So." in text
+    two = [{"role": "system", "content": text} for text in ("One.", "Two.")]
+    record = {"messages": [*two, {"role": "user", "content": "Why?"}], "response": "4"}
+    if "R1" in name:  # the second one replaces the first
+        with pytest.raises(BadInput, match="leaves out the turn of role 'system'"):
+            data.encode_trace(record, tokenizer, "t line 1")
+
+
+def test_a_prompt_is_the_same_tomorrow(shared, tmp_path, monkeypatch):
+    """Guards Llama 3's template, which prints today's date: a resumed run must see the prompts of
+    the first one. The date is the template's own default."""
+    tokenizer = real_tokenizer(shared, tmp_path, "Llama-3.2-Instruct")
+    turns = [{"role": "user", "content": "2+2?"}]
+    today = tokenizer.encode_prompt(turns)
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(today)
+    check_the_date(tokenizer, monkeypatch, "%d %b %Y", "26 Jul 2024")
+
+
+@pytest.mark.parametrize("form, date", [("%Y-%m-%d", "2024-07-26"), ("%d %B %Y", "26 July 2024")])
+def test_templates_have_one_date(toy_model, tmp_path, monkeypatch, form, date):
+    """Guards today's date in any template, asked for as it likes."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} <end>{% endfor %}"
+        f"{{{{ strftime_now('{form}') }}}}")
+    check_the_date(data.Tokenizer(tmp_path / "m"), monkeypatch, form, date)
+
+
+def check_the_date(tokenizer, monkeypatch, form, date):
+    before = tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
+    assert date in before
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "?"}]) == before
+    assert data.TEMPLATES.globals["strftime_now"](form) == date
 
 
 def test_ids_of_real_tokenizers(shared):
@@ -317,10 +388,12 @@ def test_broken_traces_are_named(toy_model, tmp_path, line, named):
 def test_a_prompt_without_tokens_is_named(toy_model, tmp_path):
     """Guards a response whose first token would be predicted from position -1, the end."""
     shutil.copytree(toy_model, tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").write_text(
-        "{% for m in messages if m.role == 'assistant' %}{{ m.content }} <end>{% endfor %}")
+    raw = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    del raw["chat_template"]
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(raw))
+    trace = {"messages": [{"role": "user", "content": ""}], "response": "a=0"}
     with pytest.raises(BadInput, match="line 1: the prompt has no token"):
-        data.encode_trace(GOOD, data.Tokenizer(tmp_path / "m"), "t.jsonl line 1")
+        data.encode_trace(trace, data.Tokenizer(tmp_path / "m"), "t.jsonl line 1")
 
 
 def test_missing_and_empty_files_are_named(toy_model, tmp_path):
@@ -371,6 +444,7 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     written = [record for _, record in data.read_jsonl(out)]
     for record, given in zip(written, records, strict=True):
         assert record.pop("teacher") == str(toy_model)
+        assert record.pop("vocab") == data.Tokenizer(toy_model).vocab_hash
         assert given | {"teacher_logprobs": record["teacher_logprobs"]} == record
     tokenizer = data.Tokenizer(toy_model)
     examples, dropped = data.load_traces(out, tokenizer, teacher=True)

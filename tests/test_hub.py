@@ -3,6 +3,7 @@
 import math
 import shutil
 import socket
+import time
 from functools import partial
 
 import pytest
@@ -152,6 +153,52 @@ def test_short_data_sets_and_unknown_splits(monkeypatch):
         data.load_problems("gsm8k:dev")
     with pytest.raises(FileNotFoundError, match="gsm9k"):
         data.load_problems("gsm9k")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://no-such-host.invalid"])
+def test_no_hub_fails_in_seconds(tmp_path, monkeypatch, endpoint):
+    """Guards half a minute of waiting for a name that needs the Hub where there is no network."""
+    def unknown(host, *more, **options):
+        raise socket.gaierror(-2, f"{host}: name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    if "invalid" in endpoint:
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for ask, said in ((lambda: data.load_problems("gsm8k"), "--benchmark gsm8k: cannot get"),
+                      (lambda: data.Tokenizer("org/name"), "org/name: not a folder, and the Hub")):
+        HUB.waits.clear()
+        begin = time.perf_counter()
+        with pytest.raises(BadInput, match=f"{said}.*(refused|not known)"):
+            ask()
+        assert sum(HUB.waits) + time.perf_counter() - begin < 10
+
+
+def test_gguf_is_named(tmp_path, toy_model):
+    """Guards "missing tokenizer.json" for a file, a folder or a Hub name of llama.cpp's format."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    (tmp_path / "m" / "model.q4.gguf").write_bytes(b"GGUF")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "model.q4.gguf").write_bytes(b"GGUF")
+    assert data.Tokenizer(tmp_path / "m").eot_id == 3  # beside a folder of Hugging Face
+    for path in (tmp_path / "llama", tmp_path / "llama" / "model.q4.gguf",
+                 "Qwen/Qwen2.5-0.5B-Instruct-GGUF", tmp_path / "absent.gguf"):
+        for load in (data.Tokenizer, Transformer.from_pretrained):
+            with pytest.raises(BadInput, match=rf"{path}: GGUF is llama\.cpp's format; give the"):
+                load(path)
+    assert not HUB.seen
+
+
+def test_suffix_box(tmp_path):
+    """Guards files whose questions do not ask for a box, which the grader looks for first."""
+    file = tmp_path / "p.jsonl"
+    data.write_jsonl(file, [{"prompt": "1+1?", "answer": "2"},
+                            {"prompt": "\\boxed{?} of 1+1", "answer": "2"}])
+    asked = ["1+1?" + data.SUFFIX, "\\boxed{?} of 1+1"]
+    assert [problem["prompt"] for problem in data.load_problems(file, "box")] == asked
+    assert data.load_problems(file, " box")[0]["prompt"] == "1+1? box"
+    publish("gsm8k", [{"question": "1+1?", "answer": "#### 2"}])
+    for suffix in (None, "box"):
+        assert data.load_problems("gsm8k", suffix)[0]["prompt"] == asked[0]
 
 
 def model_files(folder):

@@ -128,7 +128,7 @@ REPLIES = {
 
 def made_replies(tokenizer, form):
     """One reply for each case, in the form of vLLM's offline outputs or of its server."""
-    outputs = []
+    outputs, prompt = [], tokenizer.encode_prompt([{"role": "user", "content": "0 a+4"}])
     for name, (text, finish_reason, stop_reason, floor) in REPLIES.items():
         ids = tokenizer.encode(text)
         if finish_reason == "stop" and not isinstance(stop_reason, str):
@@ -143,11 +143,11 @@ def made_replies(tokenizer, form):
                       for i, value in zip(ids, logprobs, strict=True)]
             choice = SimpleNamespace(text=text, token_ids=ids, logprobs=tables,
                                      finish_reason=finish_reason, stop_reason=stop_reason)
-            outputs.append(SimpleNamespace(outputs=[choice]))
+            outputs.append(SimpleNamespace(outputs=[choice], prompt_token_ids=prompt))
         else:
             content = [{"token": "?", "logprob": value, "bytes": None, "top_logprobs": []}
                        for value in logprobs]
-            outputs.append({"usage": {}, "choices": [{
+            outputs.append({"usage": {}, "prompt_token_ids": prompt, "choices": [{
                 "message": {"role": "assistant", "content": text}, "token_ids": ids,
                 "logprobs": {"content": content}, "finish_reason": finish_reason,
                 "stop_reason": stop_reason}]})
@@ -168,6 +168,8 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
         code = before + code_block("for problem, reply") + "\n" + loop.splitlines()[-1]
     replies = made_replies(tokenizer, form)
     exec(code, {"outputs": replies, "replies": replies})  # noqa: S102
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": "0 a+4"}])
+    assert all(record["prompt_tokens"] == prompt for _, record in data.read_jsonl("served.jsonl"))
     examples, dropped = data.load_traces("served.jsonl", tokenizer, 64, teacher=True)
     assert dropped == {"wrong": 1, "unfinished": 2, "with a log-probability of null or -9999": 2}
     ids = tokenizer.encode("f=2 #### 2")

@@ -1,8 +1,12 @@
 """data.py: sampled ids as traces and back, thinking, and the stages of DASD, on made traces."""
 
+import gzip
 import json
 import math
 import random
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +86,7 @@ def test_sampled_ids_come_back(tokenizer, tmp_path, name):
     assert np.abs(example.teacher_logp - logp).max() < 1e-4
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "What?"}])
     assert example.tokens[:example.prompt_length].tolist() == prompt
-    assert data.drop_reason(record) == ("" if finished else "unfinished")
+    assert data.drop_reason(record, "line 1") == ("" if finished else "unfinished")
     del record["finished"]
     if not finished:
         with pytest.raises(BadInput, match=r"line 1: tokens do not spell .* its end of turn"):
@@ -144,6 +148,294 @@ def test_thinking_that_the_template_opens(tmp_path, opened):
     trace = {"prompt": "?", "response": "Hm.\n</think>\nSo."}
     example = data.encode_trace(trace, tokenizer, "line 1")
     assert tokenizer.decode(example.tokens.tolist()).count("<think>") == opened
+
+
+# ------------------------------------------------------------------- what people really have
+
+
+CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+THINKING = "Two and two make four."
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_in_a_field_of_its_own(tokenizer, name):
+    """Guards a student that learns answers without their thinking: it is refused with one line that
+    says how to put it into the text, and what this line says is trained on. Empty fields do not
+    matter."""
+    field = {name: THINKING}
+    for record in ({"messages": [CHAT[0], {**CHAT[1], **field}]}, {"messages": CHAT, **field},
+                   {"messages": CHAT[:1], "response": "4", **field},
+                   {"prompt": "2+2?", "response": "4", **field},
+                   {"messages": [CHAT[0], {**CHAT[1], **field}, CHAT[0]], "response": "4"}):
+        with pytest.raises(BadInput, match=f"t line 1: {name} would be lost; put it into") as error:
+            data.encode_trace(record, tokenizer, "t line 1")
+        advice = str(error.value).partition("text: ")[2]
+        text = eval(advice, {"thinking": THINKING, "answer": "4"})  # noqa: S307
+        assert text == f"<think>\n{THINKING}\n</think>\n\n4"
+        example = data.encode_trace({"prompt": "2+2?", "response": text}, tokenizer, "t line 1")
+        assert data.show_example(example, tokenizer).endswith(f"[{text}<|im_end|>]")
+    for empty in (None, ""):
+        record = {"messages": [CHAT[0], {**CHAT[1], name: empty}], name: empty}
+        assert data.response_ids(record, tokenizer, "t line 1") == [
+            *tokenizer.encode("4"), tokenizer.eot_id]
+    parts = [{"type": "thinking", "thinking": THINKING}, {"type": "text", "text": "4"}]
+    with pytest.raises(BadInput, match=r"t line 1: messages: expected turns .* both text"):
+        data.encode_trace({"messages": [CHAT[0], {**CHAT[1], "content": parts}]}, tokenizer,
+                          "t line 1")
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_calls", "functions", "function_call"])
+def test_tools_are_refused(tokenizer, name):
+    """Guards a call of a tool that is cut out of a trace without a word."""
+    field = {name: [{"name": "add", "arguments": "{}"}]}
+    for record in ({"messages": CHAT, **field}, {"messages": [CHAT[0], {**CHAT[1], **field}]},
+                   {"messages": [CHAT[0], {**CHAT[1], **field, "content": None}, *CHAT]}):
+        with pytest.raises(BadInput, match=rf"t line 1: {name} would be lost; tools are not"):
+            data.encode_trace(record, tokenizer, "t line 1")
+    data.encode_trace({"messages": CHAT, name: []}, tokenizer, "t line 1")
+
+
+def test_an_answer_is_not_in_its_prompt(tokenizer):
+    """Guards an answer that stands in the prompt and is trained on again; a question is needed, in
+    an evaluation, too."""
+    for record in ({"messages": CHAT, "response": "4"}, {"messages": CHAT[1:]},
+                   {"messages": [*CHAT, CHAT[1]]}):
+        with pytest.raises(BadInput, match="t line 1: messages: no question, or an answer that"):
+            data.encode_trace(record, tokenizer, "t line 1")
+    with pytest.raises(BadInput, match="problem 7: messages: no question, or an answer that"):
+        evaluate.encode_problems([{"id": 7, "messages": CHAT, "answer": "4"}], tokenizer)
+    example = data.encode_trace({"messages": CHAT, "response": None}, tokenizer, "t line 1")
+    assert data.show_example(example, tokenizer).endswith("assistant\n[4<|im_end|>]")
+    again = [*CHAT, CHAT[0]]  # an earlier answer belongs to the prompt
+    example = data.encode_trace({"messages": again, "response": "5"}, tokenizer, "t line 1")
+    assert data.show_example(example, tokenizer).count("4<|im_end|>") == 1
+
+
+SOME_ROLES = TEMPLATE.replace("for m in messages", "for m in messages if m.role in known")
+
+
+@pytest.mark.parametrize("template", [
+    SOME_ROLES, SOME_ROLES.replace("m.content }}", "m.content | trim }}"),
+    SOME_ROLES.replace("m.content }}", "m.content.split('</think>')[-1] }}")])
+@pytest.mark.parametrize("role", ["developer", "human", "User", "critic"])
+def test_turns_that_a_template_drops(tmp_path, template, role):
+    """Guards training without the question or the instructions: a template leaves out the roles
+    that it does not know. What is the same as another turn, or empty, counts as well; white space
+    and the thinking of earlier turns may go."""
+    template = "{% set known = ['system', 'user', 'assistant'] %}" + template
+    tokenizer = save_tokenizer(tmp_path / "m", [], template)
+    lost = {"role": role, "content": "2+2?"}
+    for turns in ([lost], [CHAT[0], lost], [lost, CHAT[0]], [*CHAT, {**lost, "content": ""}],
+                  [{**lost, "content": "user"}, CHAT[0]]):
+        with pytest.raises(BadInput, match=rf"t line 1: .* leaves out the turn of role '{role}'"):
+            data.encode_trace({"messages": turns, "response": "4"}, tokenizer, "t line 1")
+        with pytest.raises(BadInput, match=rf"problem 5: .* leaves out the turn of role '{role}'"):
+            evaluate.encode_problems([{"id": 5, "messages": turns, "answer": "4"}], tokenizer)
+    turns = [{"role": "system", "content": " Be brief.\n"}, CHAT[0],
+             {"role": "assistant", "content": "<think>\nHm.\n</think>\n\n4"}, CHAT[0]]
+    example = data.encode_trace({"messages": turns, "response": "4"}, tokenizer, "t line 1")
+    shown = data.show_example(example, tokenizer)
+    assert shown.count("2+2?") == 2 and "Be brief." in shown and "[turn" not in shown
+
+
+def test_a_template_that_refuses_names_the_line(tmp_path):
+    """Guards "roles must alternate" of some trace among thousands."""
+    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else "
+                                "raise_exception('unknown role') }}")
+    with pytest.raises(BadInput, match=r"t line 9: chat template: .*unknown role"):
+        tokenizer = data.Tokenizer.__new__(data.Tokenizer)  # its own end of turn fails, too
+        tokenizer.template, tokenizer.special_tokens = data.TEMPLATES.from_string(template), {}
+        tokenizer.folder = tmp_path
+        tokenizer.encode_prompt([{"role": "critic", "content": "?"}], "t line 9")
+
+
+@pytest.mark.parametrize("name, reason", [("correct", "wrong"), ("finished", "unfinished")])
+def test_verdicts_of_spreadsheets(tokenizer, tmp_path, name, reason):
+    """Guards wrong traces that are trained on because their verdict is 0 and not false; null is
+    unknown, and words are refused."""
+    trace, file = {"id": 1, "prompt": "2+2?", "response": "4", "answer": "4"}, tmp_path / "t.jsonl"
+    values = [False, 0, 0.0, True, 1, 1.0, None]
+    data.write_jsonl(file, [{**trace, name: value} for value in values] + [trace])
+    examples, dropped = data.load_traces(file, tokenizer)
+    assert len(examples) == 5 and dropped == {reason: 3}
+    data.write_jsonl(tmp_path / "right.jsonl", [trace])
+    command = ["mix", "--answers", str(file), "--traces", str(tmp_path / "right.jsonl"),
+               "--student", str(tmp_path / "student"), "--out", str(tmp_path / "out.jsonl")]
+    for value in ("False", "false", "0", "true", "", 2, -1, [], {}, math.nan):
+        data.write_jsonl(file, [trace, {**trace, name: value}])
+        for read in (lambda: data.load_traces(file, tokenizer), lambda: data.main(command)):
+            with pytest.raises(BadInput, match=rf"t\.jsonl line 2: {name} = .*: expected true, "):
+                read()
+    whole = [*tokenizer.encode("4"), tokenizer.eot_id]
+    for value in (0, 0.0, False):  # an answer that was cut off has no end of turn
+        record = {**trace, "tokens": whole[:-1], "finished": value}
+        assert data.response_ids(record, tokenizer, "t line 1") == whole[:-1]
+    for value in (1, 1.0, True, None):
+        assert data.response_ids({**trace, "tokens": whole, "finished": value}, tokenizer,
+                                 "t line 1") == whole
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n ", "<|endoftext|>",
+                                 "<|im_end|><|im_end|>", "<|im_end|>\n<|endoftext|>\n"])
+def test_one_end_of_turn(tokenizer, end):
+    """Guards two ends of turn in a row, where the text has its own already."""
+    expected = [*tokenizer.encode("So 4.\n"), tokenizer.eot_id]
+    for record in ({"prompt": "2+2?", "response": f"So 4.\n{end}"},
+                   {"messages": [CHAT[0], {**CHAT[1], "content": f"So 4.\n{end}"}]}):
+        for more in ({}, {"tokens": expected}):
+            example = data.encode_trace({**record, **more}, tokenizer, "t line 1")
+            assert example.tokens[example.prompt_length:].tolist() == expected
+    twice = [*expected, tokenizer.eot_id]
+    for text in ("So 4.\n", "So 4.\n<|im_end|>", "So 4.\n<|im_end|><|im_end|>"):
+        with pytest.raises(BadInput, match="t line 1: tokens do not spell the response and its"):
+            data.encode_trace({"prompt": "?", "response": text, "tokens": twice}, tokenizer,
+                              "t line 1")
+    text = "Write <|im_end|> at the end."  # within a text it stays
+    assert tokenizer.decode(tokenizer.encode_response(text)) == text
+
+
+def test_prompts_are_compared(tokenizer):
+    """Guards log-probabilities under another prompt, like that of a server without the default
+    system prompt: `prompt_tokens`, ids or their number, must be those of the prompt here."""
+    trace = {"prompt": "2+2?", "response": "4"}
+    prompt = tokenizer.encode_prompt([CHAT[0]])
+    for right in (prompt, len(prompt), None):
+        data.encode_trace({**trace, "prompt_tokens": right}, tokenizer, "t line 1")
+    for wrong, count in ((prompt[1:], len(prompt) - 1), (len(prompt) + 3, len(prompt) + 3),
+                         ([*prompt[:-1], 7], len(prompt)), ([], 0), ("x", "x"), (0, 0)):
+        said = rf"{count} there, {len(prompt)} other ones here: '<\|im_start.* another prompt"
+        with pytest.raises(BadInput, match=f"t line 1: prompt_tokens: {said}"):
+            data.encode_trace({**trace, "prompt_tokens": wrong}, tokenizer, "t line 1")
+
+
+def test_records_name_their_tokenizer(tokenizer, tmp_path):
+    """Guards another tokenizer's log-probabilities where their number is the same by chance."""
+    other = save_tokenizer(tmp_path / "other", ["It"])
+    text = "so 4"
+    assert len(other.encode(text)) == len(tokenizer.encode(text))
+    ids = [*other.encode(text), other.eot_id]
+    record = {"prompt": "?", **data.trace_fields(ids, [-1.0] * len(ids), other, True)}
+    assert len(record["vocab"]) == 8 and "tokens" not in record
+    again = data.Tokenizer(tmp_path / "other")
+    data.encode_trace(record, again, "t line 1", teacher=True)
+    with pytest.raises(BadInput, match="t line 1: the teacher_logprobs are of another"):
+        data.encode_trace(record, tokenizer, "t line 1", teacher=True)
+    data.encode_trace(record, tokenizer, "t line 1")  # SFT needs only the text
+    del record["vocab"]
+    data.encode_trace(record, tokenizer, "t line 1", teacher=True)
+
+
+def test_log_probabilities_that_are_all_zero(tokenizer, tmp_path):
+    """Guards weights from a server at temperature 0 that returns processed values: each is exactly
+    0. One sure trace among others is fine."""
+    zero = {"prompt": "?", "response": "so", "teacher_logprobs": [0.0, -0.0, 0]}
+    assert len(tokenizer.encode("so")) == 2
+    file = tmp_path / "t.jsonl"
+    data.write_jsonl(file, [zero, zero])
+    with pytest.raises(BadInput, match=r"t\.jsonl: all teacher_logprobs are 0, .*raw_logprobs"):
+        data.load_traces(file, tokenizer, teacher=True)
+    assert len(data.load_traces(file, tokenizer)[0]) == 2
+    data.write_jsonl(file, [zero, {**zero, "teacher_logprobs": [0.0, -0.0001, 0.0]}])
+    assert len(data.load_traces(file, tokenizer, teacher=True)[0]) == 2
+
+
+@pytest.mark.parametrize("value", [0.5, 2.25, 1, True, False, math.inf, -math.inf, math.nan, "-1",
+                                   [-1.0]])
+def test_what_is_no_log_probability(tokenizer, value):
+    """Guards probabilities, losses and flags that pass for log-probabilities. It is named."""
+    record = {"prompt": "?", "response": "so", "teacher_logprobs": [-1.0, value, -1.0]}
+    with pytest.raises(BadInput, match=rf"t line 1: teacher_logprobs: {re.escape(repr(value))} is "
+                       "not a log-prob.* at most 0"):
+        data.encode_trace(record, tokenizer, "t line 1", teacher=True)
+
+
+def shell(error):
+    """Runs the command that an error names, in this repository."""
+    command = re.search("with (python -c '.*')$", str(error.value))[1]
+    subprocess.run(command, shell=True, check=True, cwd=Path(data.__file__).parent)  # noqa: S602
+
+
+CONVERTED = {"prompt": "2+2?", "response": "4", "id": 3}
+
+
+@pytest.mark.parametrize("form, content, expected", [
+    ("gzip", gzip.compress(json.dumps(CONVERTED).encode() + b"\n"), CONVERTED),
+    ("a JSON array", json.dumps([CONVERTED]).encode(), CONVERTED),
+    ("a JSON array", json.dumps([CONVERTED], indent=2).encode(), CONVERTED),
+    ("ShareGPT", {"id": 3, "conversations": [{"from": "system", "value": "s"},
+                                             {"from": "human", "value": "2+2?"},
+                                             {"from": "gpt", "value": "4"}]},
+     {"messages": [{"role": "system", "content": "s"}, *CHAT]}),
+    ("Alpaca", {"id": 3, "instruction": "2+2?", "output": "4"}, CONVERTED),
+    ("Alpaca", {"id": 3, "instruction": "Add.", "input": "2, 2", "output": "4"},
+     {"prompt": "Add.\n\n2, 2", "response": "4"}),
+    ("Alpaca", {"id": 3, "instruction": "2+2?", "input": "", "output": "4"}, CONVERTED),
+    ("Parquet", None, CONVERTED)])
+def test_other_formats(tokenizer, tmp_path, monkeypatch, form, content, expected):
+    """Guards a refusal that does not say what the file is, and a line that does not convert it."""
+    file, new = tmp_path / "a file.bin", Path(data.__file__).parent / "new.jsonl"
+    if form == "Parquet":
+        pytest.importorskip("pyarrow", reason="needs pandas and pyarrow")
+        pytest.importorskip("pandas", reason="needs pandas").DataFrame([CONVERTED]).to_parquet(file)
+    elif isinstance(content, dict):
+        data.write_jsonl(file, [content])
+    else:
+        file.write_bytes(content)
+    with pytest.raises(BadInput, match=rf"file\.bin line 1: .*this is {form}, not JSONL") as error:
+        data.load_traces(file, tokenizer)
+    assert not new.exists()
+    try:
+        shell(error)
+        record, = (record for _, record in data.read_jsonl(new))
+        assert expected | record == record and record["id"] == 3
+        data.load_traces(new, tokenizer)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------ SentencePiece
+
+
+def save_sentencepiece(folder, legacy):
+    """A tokenizer like Llama 2's: a word mark for each space, and one before a text."""
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", *"TheIt4isuramno<>|?+2"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("T", "h"), ("Th", "e"), ("\u2581", "The"), ("i", "s"), ("\u2581", "is")]
+    for a, b in merges:
+        vocab[a + b] = len(vocab)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    template = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<s>", "eos_token": "</s>", "legacy": legacy, "chat_template": template}))
+    return data.Tokenizer(folder)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_no_word_mark_behind_a_prompt(tmp_path, legacy):
+    """Guards a response whose first token has a word mark that it does not have in the chat as a
+    whole. Sampled ids stay as they are, with the mark and without."""
+    tokenizer = save_sentencepiece(tmp_path / "m", legacy)
+    for text in ("The is", "The", "It is 4", " The", "\nThe", "4\n"):
+        example = data.encode_trace({"prompt": "2+2?", "response": text}, tokenizer, "t line 1")
+        whole = tokenizer.apply_chat_template(
+            [CHAT[0], {"role": "assistant", "content": text}], add_generation_prompt=False)
+        expected = tokenizer.encode(whole.removesuffix("\n"))
+        assert example.tokens.tolist() == expected and expected[-1] == tokenizer.eot_id
+    for first in ("The", "\u2581The"):
+        ids = [tokenizer.vocab[first], tokenizer.vocab["\u2581is"], tokenizer.eot_id]
+        fields = data.trace_fields(ids, [-1.0] * 3, tokenizer, finished=True)
+        assert fields["response"] == "The is" and ("tokens" in fields) == (first != "The")
+        assert data.response_ids({"prompt": "?", **fields}, tokenizer, "t line 1") == ids
 
 
 # ----------------------------------------------------------------------------------- score and DASD

@@ -403,7 +403,7 @@ def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
     """Guards a collapse that looks like success, since the weighted loss falls; each sign is said
     once, SFT says neither, and a healthy run nothing. Steps with several copies of a trace, too."""
     far = tmp_path / "far.jsonl"  # the teacher is sure of each token, the student is not
-    data.write_jsonl(far, [{**record, "teacher_logprobs": [0.0] * len(record["teacher_logprobs"])}
+    data.write_jsonl(far, [{**record, "teacher_logprobs": [-0.01] * len(record["teacher_logprobs"])}
                            for _, record in data.read_jsonl(traces)])
     said = {}
     for name, file, more in (("far", far, ["--tau", "0.1"]), ("sft", far, ["--objective", "sft"]),
