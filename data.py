@@ -45,7 +45,7 @@ PathLike = str | Path
 MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
 FORMATS = {  # what is not JSONL of traces, and the rows that make it so
     "gzip": "map(json.loads, gzip.open(FILE))",
-    "Parquet": 'json.loads(pandas.read_parquet(FILE).to_json(orient="records"))',
+    "Parquet": 'json.loads(__import__("pandas").read_parquet(FILE).to_json(orient="records"))',
     "a JSON array": "json.load(open(FILE))",
     "ShareGPT": '({**r, "messages": [{"role": {"human": "user", "gpt": "assistant"}.get('
                 't["from"], t["from"]), "content": t["value"]} for t in r["conversations"]]'
@@ -57,9 +57,8 @@ FORMATS = {  # what is not JSONL of traces, and the rows that make it so
 def conversion(name: str, where: str) -> str:
     """What to say of a file in another format: its name, and a command that converts it."""
     rows = FORMATS[name].replace("FILE", json.dumps(where.partition(" line ")[0]))
-    modules = "data, gzip, json" + ", pandas" * (name == "Parquet")
     return (f"this is {name}, not JSONL of traces; convert it with python -c 'import "
-            f"{modules}; data.write_jsonl(\"new.jsonl\", {rows})'")
+            f"data, gzip, json; data.write_jsonl(\"new.jsonl\", {rows})'")
 
 def read_jsonl(path: PathLike) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE line K", record) for each line that is not blank."""
