@@ -45,7 +45,8 @@ PathLike = str | Path
 MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
 FORMATS = {  # what is not JSONL of traces, and the rows that make it so
     "gzip": "map(json.loads, gzip.open(FILE))",
-    "Parquet": 'json.loads(__import__("pandas").read_parquet(FILE).to_json(orient="records"))',
+    "Parquet": 'json.loads(__import__("pandas").read_parquet(FILE)'
+               '.to_json(orient="records"))',
     "a JSON array": "json.load(open(FILE))",
     "ShareGPT": '({**r, "messages": [{"role": {"human": "user", "gpt": "assistant"}.get('
                 't["from"], t["from"]), "content": t["value"]} for t in r["conversations"]]'
