@@ -1,4 +1,4 @@
-"""Tokenizers, traces, batches and problems; the commands score, select and mix.
+"""Tokenizers, traces, batches and the toy; the commands score, select and mix.
 
 A trace is one JSON object per line:
 
@@ -33,7 +33,6 @@ import jinja2  # comes with torch
 import numpy as np
 import tokenizers
 import torch
-from huggingface_hub import constants, errors, utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from torch import Tensor
@@ -46,7 +45,8 @@ PathLike = str | Path
 MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
 FORMATS = {  # what is not JSONL of traces, and the rows that make it so
     "gzip": "map(json.loads, gzip.open(FILE))",
-    "Parquet": 'json.loads(pandas.read_parquet(FILE).to_json(orient="records"))',
+    "Parquet": 'json.loads(__import__("pandas").read_parquet(FILE)'
+               '.to_json(orient="records"))',
     "a JSON array": "json.load(open(FILE))",
     "ShareGPT": '({**r, "messages": [{"role": {"human": "user", "gpt": "assistant"}.get('
                 't["from"], t["from"]), "content": t["value"]} for t in r["conversations"]]'
@@ -58,9 +58,8 @@ FORMATS = {  # what is not JSONL of traces, and the rows that make it so
 def conversion(name: str, where: str) -> str:
     """What to say of a file in another format: its name, and a command that converts it."""
     rows = FORMATS[name].replace("FILE", json.dumps(where.partition(" line ")[0]))
-    modules = "data, gzip, json" + ", pandas" * (name == "Parquet")
     return (f"this is {name}, not JSONL of traces; convert it with python -c 'import "
-            f"{modules}; data.write_jsonl(\"new.jsonl\", {rows})'")
+            f"data, gzip, json; data.write_jsonl(\"new.jsonl\", {rows})'")
 
 def read_jsonl(path: PathLike) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE line K", record) for each line that is not blank."""
@@ -209,7 +208,7 @@ class Tokenizer:
             raise BadInput(f"{self.folder}: chat template: {error!s:.300}") from error
         self.eot_id = self._find_end_of_turn()
         ends = [self.backend.id_to_token(self.eot_id), self.special_tokens.get("eos_token")]
-        self.ends = rf"(?:(?:{'|'.join(re.escape(end) for end in ends if end)})\s*)+\Z"
+        self.ends = rf"(?:(?:{'|'.join(map(re.escape, filter(None, ends)))})\s*)+\Z"
 
     def _find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
@@ -328,9 +327,8 @@ UNREAD |= dict.fromkeys(["tools", "tool_calls", "functions", "function_call"],
 
 def get_messages(record: dict, where: str) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
-    if "messages" in record:
-        turns = record["messages"]
-    else:
+    turns = record.get("messages")
+    if "messages" not in record:
         for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
             if field in record and "prompt" not in record:
                 raise BadInput(f"{where}: {conversion(name, where)}")
@@ -417,9 +415,8 @@ def drop_reason(record: dict, where: str = "trace", teacher: bool = False) -> st
     """Why a trace is dropped, or "". With `teacher`, it needs all its log-probabilities."""
     for name, reason in (("finished", "unfinished"), ("correct", "wrong")):
         value = record.get(name)  # spreadsheets write 0 and 1; null is unknown
-        check(value in (None, False, True), f"{where}: {name} = {value!r}: expected true, "
-              "false or null")
-        if value is not None and not value:
+        check(value in (None, False, True), f"{where}: {name} {value!r}: not true or false")
+        if value == 0:
             return reason
     values = record.get("teacher_logprobs") if teacher else None
     if isinstance(values, list) and (None in values or -9999 in values):  # vLLM's -inf
@@ -589,84 +586,6 @@ def mix(args: argparse.Namespace) -> None:
     check(problems, f"{args.answers}: no answer was cut off; --continue-all takes all")
     write_jsonl(args.out, problems)
     print(f"{args.out}: {len(problems)} of {len(answers)} answers to continue")
-
-# ---- Problems: benchmarks with a name, or files
-
-BENCHMARKS = {  # data set on the Hub, configuration, default split
-    "gsm8k": "openai/gsm8k main test",
-    "math": "DigitalLearningGmbH/MATH-lighteval default test",
-    "math500": "HuggingFaceH4/MATH-500 default test",
-    "amc23": "math-ai/amc23 default test",
-    "aime24": "math-ai/aime24 default test",
-    "aime25": "math-ai/aime25 default test",
-    "olympiadbench": "Hothan/OlympiadBench OE_TO_maths_en_COMP train",
-}
-SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-QUESTIONS = ["prompt", "question", "problem"]
-GOLDS = ["answer", "final_answer", "expected_answer", "solution"]
-
-def download_benchmark(name: str) -> Path:
-    """The JSONL file of a benchmark, like "math" or "math:train", downloaded once."""
-    key, _, split = name.partition(":")
-    repo, config, default_split = BENCHMARKS[key].split()
-    split = split or default_split
-    file = Path(constants.HF_HUB_CACHE, "benchmarks", f"{key}-{split}.jsonl")
-    if file.exists():
-        return file
-    url = constants.ENDPOINT.replace("https://", "https://datasets-server.") + "/rows"
-    query = {"dataset": repo, "config": config, "split": split, "length": 100}
-    rows, total = [], 1
-    try:
-        while len(rows) < total:
-            query["offset"] = len(rows)
-            reply = utils.http_backoff("GET", url, params=query, timeout=10,
-                                       headers=utils.build_hf_headers(), base_wait_time=0.2)
-            utils.hf_raise_for_status(reply)
-            page = reply.json()
-            check(page["rows"], f"no rows behind row {len(rows)}")
-            for row in page["rows"]:
-                check(not row["truncated_cells"], f"row {len(rows)} is cut")
-                rows.append(row["row"])
-            total = page["num_rows_total"]
-    except (OSError, ValueError, LookupError, TypeError, errors.HTTPError) as error:
-        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.200}"
-                       ) from error
-    write_jsonl(file, rows)
-    return file
-
-def load_problems(benchmark: PathLike, suffix: str | None = None) -> list[dict]:
-    """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
-    suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
-    name = str(benchmark).partition(":")[0]
-    if name in BENCHMARKS and not Path(benchmark).exists():
-        benchmark = download_benchmark(str(benchmark))
-        suffix = "box" if suffix is None else suffix
-    suffix = SUFFIX if suffix == "box" else suffix
-    problems = []
-    for where, record in read_jsonl(benchmark):
-        present = [record[name] for name in GOLDS if name in record]
-        golds = [gold for gold in present if gold not in (None, "", [])]
-        check(present, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
-        if not golds:
-            print(f"{where}: dropped, its answer is empty")
-            continue
-        answer = golds[0] if isinstance(golds[0], list) else [golds[0]]
-        check(not isinstance(answer[0], dict), f"{where}: the answer is an object")
-        messages = [{}]
-        if "messages" in record:
-            messages = [dict(turn) for turn in get_messages(record, where)]
-        text = messages[-1].get("content") or text_field(record, where, *QUESTIONS)
-        if suffix and "\\boxed" not in text and not text.endswith(suffix):
-            text += suffix
-        messages[-1]["content"] = text
-        problem = {"id": record.get("id", where.rpartition(" ")[2])}
-        problem |= {"messages": messages} if "messages" in record else {"prompt": text}
-        problem["answer"] = ", ".join(map(str, answer))
-        if "prefix" in record:
-            problem["prefix"] = record["prefix"]
-        problems.append(problem)
-    check(problems, f"{benchmark}: no problems")
-    return problems
 
 # ---- The toy world: a digit and six operations modulo 10
 LETTERS = "abcdef"

@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants, errors, utils
 from tokenizers.decoders import DecodeStream
 
 import data
 import loss
-from model import Transformer, check, read_json
+from model import BadInput, Transformer, check, read_json
 
 # ---- Grading. The policy, all of it:
 # - The answer is the last \boxed{}; neighboring boxes are a list. "The final answer is 5"
@@ -330,6 +331,83 @@ def is_correct(prediction: str, gold: str) -> bool:
             continue
     return False
 
+# ---- Problems: benchmarks with a name, or files
+BENCHMARKS = {  # data set on the Hub, configuration, default split
+    "gsm8k": "openai/gsm8k main test",
+    "math": "DigitalLearningGmbH/MATH-lighteval default test",
+    "math500": "HuggingFaceH4/MATH-500 default test",
+    "amc23": "math-ai/amc23 default test",
+    "aime24": "math-ai/aime24 default test",
+    "aime25": "math-ai/aime25 default test",
+    "olympiadbench": "Hothan/OlympiadBench OE_TO_maths_en_COMP train",
+}
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+QUESTIONS = ["prompt", "question", "problem"]
+GOLDS = ["answer", "final_answer", "expected_answer", "solution"]
+
+def download_benchmark(name: str) -> Path:
+    """The JSONL file of a benchmark, like "math" or "math:train", downloaded once."""
+    key, _, split = name.partition(":")
+    repo, config, default_split = BENCHMARKS[key].split()
+    split = split or default_split
+    file = Path(constants.HF_HUB_CACHE, "benchmarks", f"{key}-{split}.jsonl")
+    if file.exists():
+        return file
+    url = constants.ENDPOINT.replace("https://", "https://datasets-server.") + "/rows"
+    query = {"dataset": repo, "config": config, "split": split, "length": 100}
+    rows, total = [], 1
+    try:
+        while len(rows) < total:
+            query["offset"] = len(rows)
+            reply = utils.http_backoff("GET", url, params=query, timeout=10,
+                                       headers=utils.build_hf_headers(), base_wait_time=0.2)
+            utils.hf_raise_for_status(reply)
+            page = reply.json()
+            check(page["rows"], f"no rows behind row {len(rows)}")
+            for row in page["rows"]:
+                check(not row["truncated_cells"], f"row {len(rows)} is cut")
+                rows.append(row["row"])
+            total = page["num_rows_total"]
+    except (OSError, ValueError, LookupError, TypeError, errors.HTTPError) as error:
+        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.200}"
+                       ) from error
+    data.write_jsonl(file, rows)
+    return file
+
+def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict]:
+    """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
+    suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
+    name = str(benchmark).partition(":")[0]
+    if name in BENCHMARKS and not Path(benchmark).exists():
+        benchmark = download_benchmark(str(benchmark))
+        suffix = "box" if suffix is None else suffix
+    suffix = SUFFIX if suffix == "box" else suffix
+    problems = []
+    for where, record in data.read_jsonl(benchmark):
+        present = [record[name] for name in GOLDS if name in record]
+        golds = [gold for gold in present if gold not in (None, "", [])]
+        check(present, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+        if not golds:
+            print(f"{where}: dropped, its answer is empty")
+            continue
+        answer = golds[0] if isinstance(golds[0], list) else [golds[0]]
+        check(not isinstance(answer[0], dict), f"{where}: the answer is an object")
+        messages = [{}]
+        if "messages" in record:
+            messages = [dict(turn) for turn in data.get_messages(record, where)]
+        text = messages[-1].get("content") or data.text_field(record, where, *QUESTIONS)
+        if suffix and "\\boxed" not in text and not text.endswith(suffix):
+            text += suffix
+        messages[-1]["content"] = text
+        problem = {"id": record.get("id", where.rpartition(" ")[2])}
+        problem |= {"messages": messages} if "messages" in record else {"prompt": text}
+        problem["answer"] = ", ".join(map(str, answer))
+        if "prefix" in record:
+            problem["prefix"] = record["prefix"]
+        problems.append(problem)
+    check(problems, f"{benchmark}: no problems")
+    return problems
+
 # ---- Answers and their accuracy
 def encode_problems(problems: list[dict], tokenizer: data.Tokenizer) -> list[list]:
     """Prompts as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
@@ -446,7 +524,7 @@ def accuracy(args: argparse.Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
     check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature "
           "above 0: greedy answers are all the same")
-    problems = data.load_problems(args.benchmark, args.suffix)[:args.limit or None]
+    problems = load_problems(args.benchmark, args.suffix)[:args.limit or None]
     order = {str(problem["id"]): i for i, problem in enumerate(problems)}
     check(len(order) == len(problems), f"{args.benchmark}: problems with the same id")
     # What a resumed evaluation must have in common with the interrupted one.
@@ -598,7 +676,7 @@ def exposure(args: argparse.Namespace) -> None:
     teacher, teacher_tokenizer = data.load(args.teacher, args.dtype, args.device)
     student, tokenizer = data.load(args.student, args.dtype, args.device)
     check(teacher_tokenizer.vocab == tokenizer.vocab, "exposure: different tokenizers")
-    problems = data.load_problems(args.benchmark, args.suffix)[:args.limit or None]
+    problems = load_problems(args.benchmark, args.suffix)[:args.limit or None]
     prompts = sorted(encode_problems(problems, tokenizer), key=len)
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
     shape = len(prompts), args.samples, args.max_new_tokens
@@ -690,10 +768,10 @@ def main(argv: list[str] | None = None) -> None:
         if function in (accuracy, exposure, weights):
             data.add_model_options(add)
         if function in (accuracy, exposure):
-            add("--benchmark", required=True, help=f"{', '.join(data.BENCHMARKS)}; with a "
+            add("--benchmark", required=True, help=f"{', '.join(BENCHMARKS)}; with a "
                 "split: gsm8k:train; or FILE.jsonl")
             add("--suffix", help="text after each question that asks for no \\boxed; box, "
-                f"the default for a benchmark with a name, is {data.SUFFIX!r}")
+                f"the default for a benchmark with a name, is {SUFFIX!r}")
             add("--limit", type=count, default=0, help="only the first problems")
             add("--max-new-tokens", type=positive, default=1024, help="default: 1024")
             size = 256 if torch.cuda.is_available() else 16

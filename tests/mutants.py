@@ -74,11 +74,10 @@ MUTANTS = [
     ("data.py", "in (None, tokenizer.vocab_hash)", 'in (None, record.get("vocab"))'),
     ("data.py", "any(example.teacher_logp.any() for example in examples)", "True"),
     ("data.py", "type(value) in (int, float)", "isinstance(value, int | float)"),
-    ("data.py", ", base_wait_time=0.2", ""),
     ("data.py", "bos=self.template is None", "bos=True"),
     ("data.py", "len(example.tokens) > max_length", "len(example.tokens) >= max_length"),
     ("data.py", "-math.inf < value <= 1e-3", "-math.inf < value"),
-    ("data.py", "value is not None and not value", "value is False"),
+    ("data.py", "if value == 0:", "if value is False:"),
     ("data.py", "check(value in (None, False, True),", "check(True,"),
     ("data.py", "None in values or -9999 in values", "None in values"),
     ("data.py", "tokenizer.backend.decode(body, skip_special_tokens=False)\n          ==", 're.sub(tokenizer.ends, "", response) =='),
@@ -110,6 +109,7 @@ MUTANTS = [
     ("train.py", "first += len(examples)", "first += 0"),
     ("train.py", "    os.sync()  #", "    #"),
     # ---- evaluate.py: averages, intervals, resuming, grading
+    ("evaluate.py", ", base_wait_time=0.2", ""),
     ("evaluate.py", "means.std(ddof=n > 1) / math.sqrt(n)", "means.std(ddof=n > 1) / math.sqrt(len(records))"),
     ("evaluate.py", "(R - epsilon) / epsilon", "(R - epsilon) / R"),
     ("evaluate.py", "        rest.remove(matches[0])\n", ""),
@@ -121,10 +121,9 @@ MUTANTS = [
     ("evaluate.py", "a_units <= b_units or b_units <= a_units", "True"),
 ]
 FIRST = {"loss.py": ["test_loss.py"], "model.py": ["test_model.py"],
-         "data.py": ["test_properties.py", "test_data.py", "test_traces.py", "test_hub.py",
-                     "test_faults.py"],
+         "data.py": ["test_properties.py", "test_data.py", "test_traces.py", "test_faults.py"],
          "train.py": ["test_train.py", "test_faults.py"],
-         "evaluate.py": ["test_evaluate.py", "test_grading.py", "test_faults.py"]}
+         "evaluate.py": ["test_evaluate.py", "test_grading.py", "test_hub.py", "test_faults.py"]}
 
 
 def lives(mutant: tuple[str, str, str]) -> bool:

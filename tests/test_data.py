@@ -525,27 +525,27 @@ def test_problem_fields(tmp_path, capsys):
         {"id": "a", "prompt": "p", "answer": "7.0"}, {"id": "3", "prompt": "r", "answer": "s"},
         {"id": "4", "prompt": "u", "answer": "$1$, $2$"}]
     file = tmp_path / "p.jsonl"
-    assert data.load_problems(write(file, *rows)) == expected
+    assert evaluate.load_problems(write(file, *rows)) == expected
     assert not capsys.readouterr().out
     empty = [{"prompt": "t", "answer": ""}, {"prompt": "t", "answer": None, "solution": []}]
-    assert data.load_problems(write(file, *rows[:2], *empty)) == expected[:2]
+    assert evaluate.load_problems(write(file, *rows[:2], *empty)) == expected[:2]
     assert capsys.readouterr().out.splitlines() == [
         f"{file} line {k}: dropped, its answer is empty" for k in (3, 4)]
     with pytest.raises(BadInput, match=r"p\.jsonl: no problems"):
-        data.load_problems(write(file, *empty))
+        evaluate.load_problems(write(file, *empty))
     for row, said in (({}, "no answer or final_answer or .*; it has $"),
                       ({"prompt": "3"}, "no answer or final_answer or .*; it has prompt"),
                       ({"answer": "3"}, "prompt or question or problem = 'None': expected text"),
                       ({"prompt": "3", "answer": {"value": 1}}, "the answer is an object"),
                       ({"question": " ", "answer": "3"}, "prompt or question or problem = ' '")):
         with pytest.raises(BadInput, match=rf"p\.jsonl line 2: {said}"):
-            data.load_problems(write(file, rows[0], row))
+            evaluate.load_problems(write(file, rows[0], row))
     for text, said in (('[{"prompt": "x", "answer": "3"}]', "line 1: not a JSON object"),
                        ("[{", "line 1: not valid JSON"), ("7", "line 1: not a JSON object"),
                        ("", "no problems")):
         file.write_text(text)
         with pytest.raises(BadInput, match=rf"p\.jsonl:? {said}"):
-            data.load_problems(file)
+            evaluate.load_problems(file)
 
 
 def test_one_place_renders_prompts(toy_model, tmp_path):
@@ -555,7 +555,7 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
     messages = [[system, {"role": "user", "content": text}] for text in ("1 a+2", boxed)]
     file = write(tmp_path / "p.jsonl", {"prompt": "1 a+2", "answer": "5"},
                  *({"messages": turns, "answer": "5"} for turns in messages))
-    problems = data.load_problems(file, "\n \\boxed{}")
+    problems = evaluate.load_problems(file, "\n \\boxed{}")
     model, tokenizer = data.load(toy_model)
     records = list(evaluate.generate_answers(model, tokenizer, problems, max_new_tokens=3))
     records.sort(key=lambda record: record["id"])
@@ -567,12 +567,12 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
         example = data.encode_trace(record, tokenizer, "line 1")
         assert example.tokens[:example.prompt_length].tolist() == prompt
         assert prompt == tokenizer.encode(record["rendered"])
-    again = data.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}")
+    again = evaluate.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}")
     assert evaluate.encode_problems(again, tokenizer) == prompts
     turns = [system, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
              {"role": "user", "content": "3"}]
     file = write(tmp_path / "b.jsonl", {"messages": turns, "answer": "5"})
     for _ in range(2):  # the second time, from what the first one made
-        problem, = data.load_problems(file, " Box.")
+        problem, = evaluate.load_problems(file, " Box.")
         assert [turn["content"] for turn in problem["messages"]] == ["b*3", "1", "2", "3 Box."]
         file = write(tmp_path / "c.jsonl", problem)

@@ -31,7 +31,7 @@ FILES = {"gsm8k:test": ("gsm8k/test.jsonl", 1319, 0),
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
     """An empty cache, a server without files, and no waiting."""
-    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda seconds: waits.append(seconds))
     waits = HUB.waits = []
     for store in (HUB.repos, HUB.rows, HUB.faults, HUB.seen):
@@ -41,7 +41,7 @@ def clean(tmp_path, monkeypatch):
 def publish(name, rows):
     """Puts a benchmark where the Hub has it."""
     key, _, split = name.partition(":")
-    repo, config, default_split = data.BENCHMARKS[key].split()
+    repo, config, default_split = evaluate.BENCHMARKS[key].split()
     HUB.rows[repo, config, split or default_split] = rows
 
 
@@ -53,15 +53,15 @@ def test_benchmarks(shared, name, capsys):
     rows = [record for _, record in data.read_jsonl(shared / "benchmarks" / path)][:count]
     assert len(rows) == count
     publish(name, rows)
-    problems = data.load_problems(name)
+    problems = evaluate.load_problems(name)
     requests = len(HUB.seen)
     assert requests == math.ceil(count / 100)
     assert capsys.readouterr().out.count("dropped, its answer is empty") == empty
-    assert data.load_problems(name) == problems and len(HUB.seen) == requests
+    assert evaluate.load_problems(name) == problems and len(HUB.seen) == requests
     assert len(problems) == count - empty
     for problem, row in zip(problems, [row for row in rows if row.get("answer") != ""],
                             strict=True):
-        assert problem["prompt"].endswith(data.SUFFIX) or "\\boxed" in problem["prompt"]
+        assert problem["prompt"].endswith(evaluate.SUFFIX) or "\\boxed" in problem["prompt"]
         assert problem["prompt"].count("put your final answer within") <= 1
         gold = problem["answer"]
         if "gsm8k" in name:
@@ -82,7 +82,7 @@ def test_golds_of_all_files(shared):
     as padded strings, as numbers and as `expected_answer`."""
     found = {}
     for file in sorted((shared / "benchmarks").rglob("*.jsonl")):
-        problems = data.load_problems(file)
+        problems = evaluate.load_problems(file)
         found[f"{file.parent.name}/{file.name}"] = [problem["answer"] for problem in problems]
     assert {name: len(golds) for name, golds in found.items()} == {
         "aime24/test.jsonl": 30, "aime24/test.nemo-skills.jsonl": 30, "aime25/test.jsonl": 30,
@@ -107,7 +107,7 @@ def test_busy_hub_and_broken_connections():
     again; the waits must grow."""
     publish("gsm8k", ROWS)
     HUB.faults["offset=300"] = [429, 503, "broken", 500]
-    problems = data.load_problems("gsm8k", suffix="")
+    problems = evaluate.load_problems("gsm8k", suffix="")
     assert [problem["prompt"] for problem in problems] == [row["question"] for row in ROWS]
     assert len(HUB.seen) == 14 + 4 and len(HUB.waits) == 4
 
@@ -125,13 +125,13 @@ def test_a_download_that_fails_leaves_nothing(name, fault, said, tmp_path):
     if fault:
         publish(name, rows)
         HUB.faults[name] = list(fault)
-    repo = data.BENCHMARKS[name].split()[0]
+    repo = evaluate.BENCHMARKS[name].split()[0]
     with pytest.raises(BadInput, match=rf"--benchmark {name}: cannot get {repo} .*({said})"):
-        data.load_problems(name)
+        evaluate.load_problems(name)
     assert not list((tmp_path / "cache").rglob("*.jsonl*"))
     HUB.faults.clear()
     publish(name, rows)
-    assert len(data.load_problems(name)) == len(rows)
+    assert len(evaluate.load_problems(name)) == len(rows)
 
 
 def test_short_data_sets_and_unknown_splits(monkeypatch):
@@ -140,19 +140,19 @@ def test_short_data_sets_and_unknown_splits(monkeypatch):
     publish("gsm8k", ROWS[:1300])
     monkeypatch.setattr(HUB, "total", 1319)
     with pytest.raises(BadInput, match=r"gsm8k: .*openai/gsm8k .*no rows behind row 1300"):
-        data.load_problems("gsm8k")
+        evaluate.load_problems("gsm8k")
     publish("gsm8k", ROWS)
     monkeypatch.setattr(HUB, "truncated", ["question"])
     with pytest.raises(BadInput, match=r"gsm8k: .*row 99 is cut"):
-        data.load_problems("gsm8k")
+        evaluate.load_problems("gsm8k")
     monkeypatch.setattr(HUB, "truncated", [])
     monkeypatch.setattr(HUB, "page", 60)
-    assert [problem["prompt"] for problem in data.load_problems("gsm8k", "")] == [
+    assert [problem["prompt"] for problem in evaluate.load_problems("gsm8k", "")] == [
         row["question"] for row in ROWS]
     with pytest.raises(BadInput, match=r"gsm8k:dev: cannot get openai/gsm8k .*404"):
-        data.load_problems("gsm8k:dev")
+        evaluate.load_problems("gsm8k:dev")
     with pytest.raises(FileNotFoundError, match="gsm9k"):
-        data.load_problems("gsm9k")
+        evaluate.load_problems("gsm9k")
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://no-such-host.invalid"])
@@ -164,7 +164,7 @@ def test_no_hub_fails_in_seconds(tmp_path, monkeypatch, endpoint):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     if "invalid" in endpoint:
         monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    for ask, said in ((lambda: data.load_problems("gsm8k"), "--benchmark gsm8k: cannot get"),
+    for ask, said in ((lambda: evaluate.load_problems("gsm8k"), "--benchmark gsm8k: cannot get"),
                       (lambda: data.Tokenizer("org/name"), "org/name: not a folder, and the Hub")):
         HUB.waits.clear()
         begin = time.perf_counter()
@@ -193,12 +193,12 @@ def test_suffix_box(tmp_path):
     file = tmp_path / "p.jsonl"
     data.write_jsonl(file, [{"prompt": "1+1?", "answer": "2"},
                             {"prompt": "\\boxed{?} of 1+1", "answer": "2"}])
-    asked = ["1+1?" + data.SUFFIX, "\\boxed{?} of 1+1"]
-    assert [problem["prompt"] for problem in data.load_problems(file, "box")] == asked
-    assert data.load_problems(file, " box")[0]["prompt"] == "1+1? box"
+    asked = ["1+1?" + evaluate.SUFFIX, "\\boxed{?} of 1+1"]
+    assert [problem["prompt"] for problem in evaluate.load_problems(file, "box")] == asked
+    assert evaluate.load_problems(file, " box")[0]["prompt"] == "1+1? box"
     publish("gsm8k", [{"question": "1+1?", "answer": "#### 2"}])
     for suffix in (None, "box"):
-        assert data.load_problems("gsm8k", suffix)[0]["prompt"] == asked[0]
+        assert evaluate.load_problems("gsm8k", suffix)[0]["prompt"] == asked[0]
 
 
 def model_files(folder):
@@ -261,7 +261,7 @@ def test_the_users_token_stays_secret(tmp_path, toy_model, monkeypatch, capsys):
     """Guards a login token in output, in an error, in a run's files or in the cache: records and
     runs are published. It must reach the Hub, though."""
     monkeypatch.setenv("HF_TOKEN", "hf_SECRETsecret")
-    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     HUB.tokens.clear()
     HUB.repos["models/org/name"] = model_files(toy_model)
@@ -272,7 +272,7 @@ def test_the_users_token_stays_secret(tmp_path, toy_model, monkeypatch, capsys):
     train.train(train.parse_args([
         "--student", "org/name", "--traces", "t.jsonl", "--objective", "sft", "--out", "run",
         "--steps", "1", "--device", "cpu"]))
-    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     HUB.faults, errors = {"org/name": [403] * 9, "rows": [403] * 9}, []
     for argv in (["--model", "org/name", "--benchmark", "t.jsonl"],
                  ["--model", str(toy_model), "--benchmark", "gsm8k:train"]):

@@ -67,7 +67,7 @@ def publish(shared, tmp_path):
 def test_recipes(shared, tmp_path, monkeypatch, capsys):
     """Guards commands that do not parse or do not fit together: a prompt, id or number lost on the
     way from the Hub's problems to the student's accuracy."""
-    monkeypatch.setattr(data.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "is_correct", lambda prediction, gold: bool(
         prediction and zlib.crc32((prediction + gold).encode()) % 3))
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     tokenizer = data.Tokenizer(toy_model)
     problems = [{"id": name, "prompt": "0 a+4", "answer": "2"} for name in REPLIES]
-    monkeypatch.setattr(data, "load_problems", lambda name: problems)
+    monkeypatch.setattr(evaluate, "load_problems", lambda name: problems)
     code = code_block("import data, evaluate")
     if form == "served":
         before, _, loop = code.partition("for problem, output")

@@ -15,7 +15,7 @@ import evaluate
 
 def count(folder: Path) -> None:
     model, tokenizer = data.load(folder)
-    problems = data.load_problems(folder.parents[1] / "held-out.jsonl")
+    problems = evaluate.load_problems(folder.parents[1] / "held-out.jsonl")
     kinds = "+", "-", "*", "merged"
     right, written, skipped = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0), 0
     for record in evaluate.generate_answers(model, tokenizer, problems, max_new_tokens=64,
