@@ -44,20 +44,18 @@ def read_json(file: Path) -> dict:
 def model_folder(path_or_repo: str | Path) -> Path:
     """A folder as it is, or the Hub's "org/name", downloaded once into the Hub's cache."""
     path = Path(path_or_repo)
-    gguf = path.name.lower().endswith("gguf") or any(path.glob("*.gguf"))
-    check(not gguf or (path / "config.json").exists(), f"{path}: GGUF is llama.cpp's "
-          "format; give the Hugging Face folder (*.safetensors) that it was made from")
+    gguf = "gguf" in path.name.lower() or any(path.glob("*.gguf"))
+    check(not gguf or (path / "config.json").exists(),
+          f"{path}: GGUF is llama.cpp's format; give the folder it was made from")
     if path.is_dir():
         return path
     files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=files))
     except (OSError, ValueError, errors.HTTPError) as error:
-        message = f"{path_or_repo}: not a folder, and the Hub says: {error!s:.200}"
-        raise BadInput(message) from error
+        raise BadInput(f"{path}: not a folder, and the Hub says: {error!s:.200}") from error
 
 # ---- Configuration: keys that change the computation, and the values implemented here
-
 IMPLEMENTED: dict[str, Any] = {
     "model_type": ["llama", "qwen2", "qwen3"],
     "architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
@@ -121,7 +119,6 @@ class Config(SimpleNamespace):
                 f"does not divide the {heads} attention heads")
         super().__init__(**values, raw=raw, llama3=[values[key] for key in llama3])
 
-# ---- The network
 def rope_table(config: Config, positions: Tensor) -> tuple:
     """RoPE (arXiv 2104.09864): positions [B, T] -> fp32 cosines and sines [B, 1, T, Dh].
     HF rotates dimension i with dimension i + Dh/2. The sine carries the sign."""
@@ -137,8 +134,8 @@ def rope_table(config: Config, positions: Tensor) -> tuple:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 class KVCache(SimpleNamespace):
-    """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]. Prompts
-    come first, padded on the right; then all rows get one token in each step."""
+    """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]; columns
+    come 64 at a time. Prompts are first, padded on the right; then one token a row."""
     def __init__(self, config: Config, lengths: Tensor, columns: int, dtype: torch.dtype):
         shape = (2, config.num_hidden_layers, len(lengths), config.num_key_value_heads,
                  columns + -columns % 64, config.head_dim)
@@ -155,7 +152,6 @@ class KVCache(SimpleNamespace):
             return torch.arange(T, device=self.lengths.device)[None], None
         positions = self.lengths[:, None].clone()
         self.lengths += 1
-        # GPU kernels want even numbers of columns, compilers the same number again.
         column = torch.arange(self.used + -self.used % 64, device=positions.device)
         visible = column <= positions  # the padding of a prompt is overwritten by then
         return positions, visible.to(self.data.dtype).log()[:, None, None]

@@ -33,6 +33,7 @@ from model import Transformer, check, read_json
 CHUNK = {"cpu": 256, "cuda": 1024}  # rows that have logits at the same time
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
+compiled_losses = torch.compile(loss.token_losses, dynamic=True)  # at the first call
 TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
                 "steps": 800, "max_length": 64, "log_every": 100, "dtype": "float32"}
 TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2,  # the best of a grid
@@ -90,8 +91,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 # ---- One optimizer step
-compiled_losses = torch.compile(loss.token_losses, dynamic=True)  # at the first call
-
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine from lr down to lr / 10."""
     warmup = round(WARMUP * args.steps)
@@ -252,7 +251,7 @@ def train(args: argparse.Namespace) -> dict:
         run["sample"] = data.show_example(examples[0], tokenizer)
         data.write_jsonl(out / "run.json", [run])
 
-    # AdamW on fp32 weights, without weight decay, in the state of the checkpoint.
+    # AdamW on fp32 weights, in the state of the checkpoint.
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=True)
     first = 0

@@ -75,6 +75,8 @@ class Bench:
     def ours(self) -> Transformer:
         model = Transformer.from_pretrained(self.folder, torch.float32, self.args.device)
         model.vocab_size = V
+        if self.args.device == "cuda":
+            model.decode = data.replay_step
         return model
 
     def theirs(self):
@@ -284,8 +286,8 @@ def generation(bench: Bench) -> None:
         longest = max(map(len, prompts))
         # the prompts' tokens are multiplied once; then each step multiplies, and reads the weights
         # and, in the middle, the keys and values of the prompts and half of the answers
-        cache = KVCache(ours.config, size, longest + new // 2, torch.empty(
-            0, dtype=bench.dtype, device="meta")).data  # only its size is wanted
+        cache = KVCache(ours.config, torch.zeros(size, dtype=torch.long, device="meta"),
+                        longest + new // 2, bench.dtype).data  # only its size is wanted
         floor = 2 * (count - head) * sum(map(len, prompts)) / peak + new * max(
             (count * cache.element_size() + cache.nbytes) / bandwidth, 2 * count * size / peak)
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -391,10 +393,11 @@ def profiles(bench: Bench) -> None:
     """Where the time goes: the operations that take most of it, in a step and in generation."""
     ours, examples = bench.ours(), bench.examples(True)
     prompts = [example.tokens[:example.prompt_length].tolist() for example in examples]
-    ours.eos_token_ids = []
+    writer = bench.ours().to(bench.dtype)
+    writer.eos_token_ids = []
     for name, work in (("training step, ragged", bench.our_step(ours, examples)),
-                       ("generate, batch 1", lambda: ours.generate(prompts[:1], 32)),
-                       (f"generate, batch {len(prompts)}", lambda: ours.generate(prompts, 32))):
+                       ("generate, batch 1", lambda: writer.generate(prompts[:1], 32)),
+                       (f"generate, batch {len(prompts)}", lambda: writer.generate(prompts, 32))):
         work()
         with torch.profiler.profile() as found:
             work()
