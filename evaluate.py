@@ -15,6 +15,7 @@ import math
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -36,32 +37,37 @@ from model import BadInput, Transformer, check, read_json
 #   behind the boxes wins. Without a box, the answer follows #### or "answer is", or is the
 #   last number or formula. "not 5" and what stands before </think> are skipped.
 # - Units are dropped; if both answers have some, they must agree. 20% is 20 or 0.2. 1,234
-#   is a number or a list. 3:4 is a pair. 2 1/2 is mixed. Lists come in any order, points
-#   and intervals do not; all values are needed.
+#   is a number or a list. 2 1/2 is mixed. Lists come in any order, points do not.
 # - A gold x = 5 accepts 5, but not y = 5. If the gold answer has no "=", what follows the
 #   last "=" of a prediction counts. Equations may be multiples of each other.
 # - 1 < x <= 2 is the interval (1, 2], x < 2 is (-infinity, 2). The letter does not matter.
-# - Numbers are compared exactly. Only a decimal of 4 significant digits may stand for a
-#   gold answer that rounds to it and is no decimal: 0.3333 for 1/3, not 1/3 for 0.333.
-# - Formulas are equal if they are so at four random points. Python's parser takes them
-#   apart, and only `evaluate` computes them: no model text is ever run.
-# - Other answers are equal letter by letter, except for spaces and for capitals in words.
+# - Whole numbers are compared exactly, others to nine digits (0.3333 is not 1/3), formulas
+#   at four random points, the rest letter by letter. Python's parser takes formulas apart,
+#   and only `evaluate` computes them: no model text is ever run.
 LONGEST = 1000  # characters of an answer
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "infinity": math.inf}
 CONSTANTS |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 FUNCTIONS: dict[str, Callable] = {
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "exp": cmath.exp, "ln": cmath.log,
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "log": cmath.log,
-    "abs": abs, "frac": truediv,
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "exp": cmath.exp,
+    "log": cmath.log, "ln": cmath.log, "abs": abs, "frac": truediv,
     "root": lambda degree, x: power(x, 1 / degree),
-    "factorial": lambda n: math.gamma(n + 1),
     "binom": lambda n, k: math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1),
 }
-SYMBOLS = {
+SPELLINGS = {
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "±": r"\pm ", "∞": r"\infty ",
     "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ", "²": "^2", "³": "^3",
-    "½": r"\frac12 ", "°": " ", r"\%": "%",
+    "½": r"\frac12 ", r"\!": "", r"\ ": " ", "\u200b": " ",
 }
+for words in (r"≤ \leq \le \leqslant", r"≥ \geq \ge \geqslant", r"≠ \neq \ne", r"< \lt",
+              r"> \gt", r"\frac \dfrac \tfrac \cfrac", r"\binom \dbinom", r"% \%",
+              r"* \cdot \times", r", \cup", r"| \lvert \rvert"):
+    spelling, *others = words.split()
+    SPELLINGS |= dict.fromkeys(others, spelling)
+SPACES = r"° € £ ~ \, \; \: \degree \left \right \big \Big \displaystyle \quad \qquad"
+SPELLINGS |= dict.fromkeys(SPACES.split(), " ")
+# A line break of a matrix, a command (doubled in some data sets), any other symbol.
+SYMBOL = re.compile(r"\\\\(?![a-zA-Z]{2})|\\?(\\q?quad|\\[a-zA-Z]{2,}|\\.|[^\x00-\x7f]|~)")
+
 TEXT = r"\\(?:text(?:bf|rm|normal)?|mbox|math(?:rm|bf)|operatorname)\s*\{"
 FUNCTION = rf"(?:{'|'.join(FUNCTIONS)})"
 NO_UNIT = rf"(?!\s*(?:{FUNCTION}|{'|'.join(CONSTANTS)}|sqrt|and|or|mod)(?![a-zA-Z]))"
@@ -70,7 +76,7 @@ UNIT = re.compile(
     r"(?:\s*\^\s*\{?[23]\}?)?|"
     rf"(?:(?<=[0-9}})%])|(?<=pi)|(?<=llion))(\s+{NO_UNIT}[a-zA-Z]{{3,}}|"  # 18 feet
     r"\s*(?:[cmk]m|kg|ft|[apAP]\.?[mM]|m(?=\^[23]))(?![a-zA-Z]))"  # 18cm, 9 a.m.
-    r"([a-zA-Z /.]*)(?:\^\{?[23]\}?)?(?=\s*(?:[,;0-9}]|and|or|$))"
+    r"([a-zA-Z /.]*)(?:\^\{?[23]\}?)?"
 )
 BRACES = "[^{}]*"
 for _ in range(5):  # five deep
@@ -87,28 +93,22 @@ def rewrite(text: str, rules: list[str]) -> str:
 
 # Rules that bring answers into one spelling, and examples of what they change.
 CLEAN = [
-    r"(?<!\\)\\\\(?=[a-zA-Z]{2}) => \\", r"\\[dtc](?=frac|binom) => \\",  # \\frac, \dfrac
-    r",\\!\s*|\{,\} => ",  # 10{,}000
-    r"(?<=[0-9])(?: |\\,)(?=[0-9]{3}(?![0-9])) => ",  # 10 000
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-z])\.? =>  ",  # \left( \bigl(
-    r"(?<!\\)\\[!,;: ()\[\]]|[$€£~`\u200b] =>  ",  # \, and \( and money
-    r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\bdegrees?\b =>  ",  # 90^\circ
-    rf"\\%|(?:{TEXT})?\s*\b(?:percent(?:age)?|pct)\b\}}? => %",
-    r"(?<=[\w)])\*\*(?=[\w(]) => ^", r"\*\* =>  ",  # 2**3, **bold**
+    r"\{,\} => ,",  # 10{,}000
+    r"(?<=[0-9]) (?=[0-9]{3}(?![0-9])) => ",  # 10 000
+    r"\\[()\[\]]|[$`] =>  ",  # \( and money
+    r"\^\s*\{?\s*\\circ\s*\}?|\bdegrees?\b|\*\* =>  ",  # 90^\circ, **bold**
+    rf"(?:{TEXT})?\s*\b(?:percent(?:age)?|pct)\b\}}? => %",
     r"\\(frac|sqrt)\s*([0-9]|\\pi) => \\\1{\2}",  # \frac12
-    rf"(\\frac\s*\{{{BRACES}\}})\s*([0-9]) => \1{{\2}}",  # \frac{1}2
+    rf"(\\frac\{{{BRACES}\}})\s*([0-9]) => \1{{\2}}",  # \frac{1}2
     r"(?<![0-9.}^_])([0-9]+)\s*\\frac\{([0-9]+)\}\{([0-9]+)\} => (\1+\2/\3)",  # 2\frac12
     r"(?<![0-9.}^_])([0-9]+) ([0-9]+)/([0-9]+) => (\1+\2/\3)",  # 2 1/2
     r":00(?=\s*(?:\\text\{)?\s*[apAP]\.?[mM]) => ",  # 9:00 a.m.
     r"^[^=:]*[a-zA-Z][^=:]*:[^=]*= => ",  # A:B = 3:4
-    r"(?<![0-9.:])([0-9.]+):([0-9.]+)(?![0-9.:]) => (\1,\2)",  # 3:4
+    r"(?<![0-9.:])([0-9.]+):([0-9.]+)(?![0-9.:]) => (\1,\2)",  # 3:4, 2:30
     r"^\s*[a-zA-Z]\s*\\in(?![a-z]) => ",  # x \in
     r"\\?\w*\s*\([a-zA-Z, ]+,[a-zA-Z ]+\)\s*= => ",  # f(x, y) =
     r"^([^0-9=]*)\\approx => \1=", r"\\approx.* => ",  # x \approx 3, 1/3 \approx 0.33
-    r"\\leq?(?:slant)?(?![a-z])|<= => ≤", r"\\geq?(?:slant)?(?![a-z])|>= => ≥",
-    r"\\neq?(?![a-z])|!= => ≠", r"\\lt(?![a-z]) => <", r"\\gt(?![a-z]) => >",
-    r"\\(?:cdot|times)(?![a-z]) => *", r"\\cup(?![a-z])|; => ,",
-    r"\\[lr]?vert(?![a-z]) => |",
+    r"<= => ≤", r">= => ≥", r"!= => ≠", r"; => ,",
 ]
 WORDS = [
     rf"{TEXT}([^{{}}]*)\}} =>  \1 ", r"(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) => ,",
@@ -131,21 +131,16 @@ PYTHON = [
     r"\\\\ => ),(", r"& => ,", r"\\\{|\\\}|^\{([^{}]*)\}$ => \1",  # \{1,2\}
     r"\|([^|]*)\| => abs{\1}", r"\\?sqrt\s*\[(\w+)\]\s*\{ =>  root{\1,",  # \sqrt[3]{x}
     r"\\?sqrt\s*[({] =>  root{2,", r"\\?sqrt\s*(\\?\w+) =>  root(2,\1)",  # \sqrt{2}
-    r"([0-9]+)_\{?([0-9]+)\}? => base_\2*\1",  # 101_2
-    r"\s*_\s*(?:\{\\?(\w+)\}|\\([a-zA-Z]+)) => _\1\2",  # a_{n}
+    r"_\s*(?:\{\\?(\w+)\}|\\([a-zA-Z]+)) => _\1\2",  # a_{n}
     r"\}\s*\{ => ,", r"\{ => (", r"\} => )",  # frac{1}{2} -> frac(1,2)
     r"\\([a-zA-Z]+(?:_\w+)?) =>  \1 ", r" *\^ * => ^",
-    rf"(\w+|{BRACKET})! =>  factorial(\1)",
     r"(?<![a-zA-Z_])(?!pi|ln)([a-zA-Z])(?=[a-zA-Z](?![a-zA-Z])) => \1 ",  # xy -> x y
     r"(?<=[0-9])(?=[a-zA-Z])(?![eE][-+]?[0-9]) =>  ",  # 2x -> 2 x
     r"(?<![\w.])0+(?=[0-9]) => ",  # 025
     r"(?<=[\w)]) *(?=\()|(?<=[\w)]) +(?=[a-zA-Z])|(?<=\))(?=[a-zA-Z]) => *",  # 2 x -> 2*x
-    rf"\b({FUNCTION}(?:\^\w+|_\w+)?) +(?=[0-9]) => \1*",  # sin 2x
-    rf"\b({FUNCTION}(?:_\w+)?)\*(?=\() => \1",  # frac*(1,2) -> frac(1,2)
-    rf"\b({FUNCTION}(?:\^\w+|\^\(-?\w+\)|_\w+)?)\*({ARGUMENT}(?:\*{ARGUMENT})*) => \1(\2)",
-    rf"\b({FUNCTION})\^\(-1\)\*? => arc\1",  # sin^(-1)(x)
+    rf"\b({FUNCTION})\*(?=\() => \1",  # frac*(1,2) -> frac(1,2)
+    rf"\b({FUNCTION}(?:\^\w+)?)\*({ARGUMENT}(?:\*{ARGUMENT})*) => \1(\2)",
     rf"\b({FUNCTION})\^\(?([0-9]+)\)?\*?({BRACKET}) => \1\3^\2",  # sin^2(x)
-    rf"\blog_(\w+)({BRACKET}) => (log\2/log(\1))",
     r"% => /100", r"\^ => **", r"= => ==", r"≠ => !=",
 ]
 
@@ -153,14 +148,12 @@ PYTHON = [
 def parse(text: str) -> list:
     """The items of a list, taken apart by Python's parser. Plus-minus makes two of one."""
     if r"\pm" in text:
-        plus = parse(text.replace(r"\pm", "+").replace(r"\mp", "-"))
-        minus = parse(text.replace(r"\pm", "-").replace(r"\mp", "+"))
-        return list({ast.dump(node): node for node in plus + minus}.values())
+        items = parse(text.replace(r"\pm", "+")) + parse(text.replace(r"\pm", "-"))
+        return list({ast.dump(node): node for node in items}.values())
     code: Any = ast.parse(f"[{rewrite(text, PYTHON)}]", mode="eval")
     items = code.body.elts
-    if all(equivalent(items[0], item) for item in items[1:]):
-        return items[:1]  # one answer in several spellings
-    return items
+    one_value = all(equivalent(items[0], item) for item in items[1:])
+    return items[:1] if one_value else items
 
 def power(base, exponent):
     """Exact, unless that takes too many digits."""
@@ -170,10 +163,13 @@ def power(base, exponent):
             base = float(base)
     return base ** exponent
 
-OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: power}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: power,
+             ast.Eq: sub, ast.NotEq: sub}
 
 def evaluate(node: Any, point: int):
     """The value of a formula at a random point; of an equation, left minus right side."""
+    def value(node: Any):
+        return evaluate(node, point)
     match node:
         case ast.Constant(value=int() | float() as number):
             return Fraction(str(number))
@@ -183,71 +179,66 @@ def evaluate(node: Any, point: int):
             draw = random.Random(f"{name} {point}").choice
             return Fraction(draw(range(101, 999)), draw((100, 100, -100)))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -evaluate(operand, point)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(left, point), evaluate(right, point))
-        case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq()], comparators=[right]):
-            return evaluate(left, point) - evaluate(right, point)
+            return -value(operand)
+        case (ast.BinOp(left=left, op=op, right=right)
+              | ast.Compare(left=left, ops=[op], comparators=[right])):
+            return OPERATORS[type(op)](value(left), value(right))
         case ast.Call(func=ast.Name(id=name), args=arguments):
-            return FUNCTIONS[name](*[evaluate(argument, point) for argument in arguments])
+            return FUNCTIONS[name](*map(value, arguments))
     raise ValueError(f"{node} is not in the grammar")
 
 def close(a, b) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    """To nine digits: 0.0833333333333 may be a computed 1/12. A whole number is exact."""
+    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+    if exact and 1 in (a.denominator, b.denominator):
         return a == b
     return cmath.isclose(a, b, rel_tol=1e-9, abs_tol=0 if a and b else 1e-12)
 
 def equivalent(a: Any, b: Any) -> bool:
-    """Are two answers equivalent? A decimal as the first one may be rounded."""
+    """Are two answers equivalent?"""
     if isinstance(a, ast.Tuple | ast.List) or isinstance(b, ast.Tuple | ast.List):
         same_shape = type(a) is type(b) and len(a.elts) == len(b.elts)
         return same_shape and all(map(equivalent, a.elts, b.elts))
-    values = [(evaluate(a, point), evaluate(b, point)) for point in range(4)]
-    if isinstance(a, ast.Compare) != isinstance(b, ast.Compare):
-        return False
-    if isinstance(a, ast.Compare):  # Are the equations multiples of each other?
-        first, *ratios = [x / y for x, y in values]
+    values = []
+    for point in range(4):
+        values.append((evaluate(a, point), evaluate(b, point)))
+    if isinstance(a, ast.Compare) and isinstance(b, ast.Compare):
+        first, *ratios = [x / y for x, y in values]  # Is one a multiple of the other?
         same_sign = type(a.ops[0]) is type(b.ops[0])
         return same_sign and first != 0 and all(close(ratio, first) for ratio in ratios)
-    decimal = re.fullmatch(r"-?0*([0-9]*)\.([0-9]+)", ast.unparse(a))
-    if decimal and "." not in ast.unparse(b):
-        digits = (decimal[1] + decimal[2]).lstrip("0")
-        error = 0.50001 / 10 ** len(decimal[2]) if len(digits) > 3 else 0
-        return all(close(x, y) or abs(x - y) < error for x, y in values)
+    if isinstance(a, ast.Compare) or isinstance(b, ast.Compare):
+        return False
     return all(close(x, y) for x, y in values)
 
 def equivalent_lists(a: list, b: list) -> bool:
     """Are two lists equivalent in any order?"""
-    if len(a) != len(b) or not 0 < len(a) <= 50:
-        return False
-    rest = list(b)
+    rest = list(b[:50])
     for item in a:
         matches = [other for other in rest if equivalent(item, other)]
         if not matches:
             return False
         rest.remove(matches[0])
-    return True
+    return len(a) == len(b) > 0
 
 # $18 is money, not the beginning of a formula.
 MONEY = re.compile(r"\\\$|\$(?=[0-9][0-9,.]{0,15}(?: +[a-zA-Z]{2}|[^$\n]*$))", re.MULTILINE)
 BOX = re.compile(rf"\\boxed\s*\{{({BRACES})\}}")
-BETWEEN = r"(?:[\s,;$.&+{}()\[\]\\]|q?quad|text|and|or)*"
-BOXES = re.compile(rf"{BOX.pattern}(?:{BETWEEN}{BOX.pattern})*")
+BOXES = re.compile(rf"{BOX.pattern}(?:(?:\W|text|and|or)*{BOX.pattern})*")
 FORMULA = r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$"
 # A formula, or text without words that begins with a number, such as 3x + 5. It may have
 # the words of a longer answer, as in 1 hour 20 minutes, and ends with two words of a unit.
 PLACE = (
-    rf"(?:{FORMULA}|(?<![\w\\.])(?<![-+*/^] )(?:[b-zB-HJ-Z] ?[-+*/=^<>(] ?|[-+(.])*"
-    r"(?:[0-9]|\\[a-zA-Z]+)(?:\\[a-zA-Z]+(?:\{[a-zA-Z ]*\})?|(?<![a-zA-Z])"
+    rf"(?:{FORMULA}|(?<![\w\\.])(?<![-+*/^] )[-+(.]*"
+    r"(?:[0-9]|\\[a-zA-Z]+)(?:\\[a-zA-Z]+|(?<![a-zA-Z])"
     r"(?:and|or|pi|(?:dollar|pound|week|day|hour|minute)s?|feet|[mb]illion|[ap]\.?m|[AP]M|"
     r"[b-zA-HJ-Z])(?![a-zA-Z])"
     r"|(?![.!?](?:\s|$))[-+*/=^_(){}\[\],.:;%'!<>| 0-9])*(?:[a-zA-Z]{3,} ?){0,2}|\$)"
 )
 FINAL = re.compile(rf"(?is)final answer(?: is\b|:)[\s:*\"]*(?={PLACE})")
 STATED = re.compile(r"(?i)####[\s:*]*|answers?(?: is\b| are\b|:)[\s:*]*")
-SENTENCE = re.compile(rf"(?s)(?:{FORMULA}|(?!\.(?:\s|$)|\n).)*")
+SENTENCE = re.compile(r"(?:(?!\.(?:\s|$)).)*")
 NEGATED = rf"(?s)(?:\b(?:not|never|instead of|rather than)|n't)\b[^$0-9\\.]*{PLACE}"
-WORD = re.compile(rf"(?<![a-zA-Z\\]){NO_UNIT}[a-zA-Z]{{2}}(?:[a-zA-Z]| [a-z]{{2}})")
+WORD = re.compile(rf"(?<![a-zA-Z\\]){NO_UNIT}[a-zA-Z]{{3}}")
 
 def extract_answer(text: str, gold: bool = False) -> str:
     r"""Where the answer stands. A gold answer without a mark is all answer.
@@ -256,21 +247,20 @@ def extract_answer(text: str, gold: bool = False) -> str:
     >>> extract_answer("The answer is not 5 but 7 apples.")
     '7 apples'
     """
-    for symbol, spelling in SYMBOLS.items():
-        text = text.replace(symbol, spelling)
+    text = SYMBOL.sub(lambda found: SPELLINGS.get(found[1], found[1] or found[0]), text)
     text = MONEY.sub("", unicodedata.normalize("NFKC", text))
     text = text.rpartition("</think>")[2].strip() or text
     boxed = list(BOXES.finditer(text))
     marks = list(FINAL.finditer(text, boxed[-1].end()) if boxed else STATED.finditer(text))
     if boxed and not marks:
-        return "; ".join(dict.fromkeys(BOX.findall(boxed[-1][0])))
+        return "; ".join(BOX.findall(boxed[-1][0]))
     if not marks and gold:
         return text.strip()
     if marks:
         start = marks[-1].end()
         text = SENTENCE.match(text, start, start + 2 * LONGEST)[0]
     text = re.sub(NEGATED, " ", text[-2 * LONGEST:])
-    prose = re.sub(rf"(?s){FORMULA}|\\[a-zA-Z]+\s*\{{[a-zA-Z ]*\}}", " ", text)
+    prose = re.sub(r"\\[a-zA-Z]+(?:\s*\{[a-zA-Z ]*\})?", " ", text)
     places = re.findall(f"(?s){PLACE}", text)
     if not places or not WORD.search(prose):
         return text.strip()
@@ -282,18 +272,15 @@ def extract_answer(text: str, gold: bool = False) -> str:
 def normalize(text: str) -> tuple[str, set[str]]:
     """The answer in one spelling, and the words of its units."""
     text = rewrite(text[:2 * LONGEST], CLEAN)
-    units = " ".join(word for words in UNIT.findall(text) for word in words)
+    units = " ".join(map(" ".join, UNIT.findall(text)))
     text = rewrite(UNIT.sub(" ", text), WORDS)
     if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3}", text):
         text = text.lower()
     return text, {*re.findall(r"[a-z]+?(?=s?\b)", units.lower().replace(".", ""))}
 
-THOUSANDS = r"(?<=[0-9])(?<![0-9]{4}),(?=[0-9]{3}(?:,[0-9]{3})*(?:\.[0-9]+)?(?![0-9,]))"
-# What a gold equation is about: x, a_n, AB, f(2), |AB| or \frac{AB}{CD}.
-LEFT_SIDE = (
-    r"(?:\|[A-Z]+\||(?!\\(?:sqrt|sin|cos|tan|log|ln))"
-    r"[a-zA-Z\\(][a-zA-Z\\{}_'()/]*(?:_\{?\w+\}?)?(?:\([0-9]\))?)"
-)
+THOUSANDS = r"(?<=[0-9])(?<![0-9]{4}),(?=[0-9]{3}(?![0-9]))"
+# What a gold equation is about: x, a_n, AB, f(2) or |AB|.
+LEFT_SIDE = r"(?:\|[A-Z]+\||[a-zA-Z(][a-zA-Z_'(),]*(?:\{[\\\w ]+\}|\w)?(?:\([0-9]\))?)"
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
               SyntaxError, TypeError, ValueError)
 
@@ -316,13 +303,10 @@ def is_correct(prediction: str, gold: str) -> bool:
         a = re.sub(r"[^=,<>≤≥≠]*=", "", a)
     if "=" in b and "=" not in a:
         b = re.sub(f"(?<![^,]){LEFT_SIDE}=", "", b)
-    attempts = [(a, b)]
-    if "%" in a + b:
-        attempts.append((a.replace("%", ""), b.replace("%", "")))
-    if "," in a + b:
-        attempts += [(f"({a})", b), (a, f"({b})")]  # 1, 2 for (1, 2)
-        if not re.search(r"[(\[]", a + b):
-            attempts.append((re.sub(THOUSANDS, "", a), re.sub(THOUSANDS, "", b)))
+    attempts = [(a, b), (a.replace("%", ""), b.replace("%", ""))]
+    attempts += [(f"({a})", b), (a, f"({b})")]  # 1, 2 for (1, 2)
+    if not re.search(r"[(\[]", a + b):
+        attempts.append((re.sub(THOUSANDS, "", a), re.sub(THOUSANDS, "", b)))
     for a, b in attempts:
         try:
             if equivalent_lists(parse(a), parse(b)):
@@ -480,10 +464,11 @@ def read_answers(path: str | Path) -> list[dict]:
 
 def accuracy_per_problem(records: list[dict]) -> dict[str, float]:
     """{problem id: share of its answers that are right}"""
-    verdicts = {}
+    right, answers = Counter(), Counter()
     for record in records:
-        verdicts.setdefault(str(record["id"]), []).append(record["correct"])
-    return {key: float(np.mean(correct)) for key, correct in verdicts.items()}
+        answers[str(record["id"])] += 1
+        right[str(record["id"])] += record["correct"]
+    return {name: right[name] / answers[name] for name in answers}
 
 def summarize(records: list[dict]) -> dict:
     """avg@k with its standard error over problems, pass@k, and what a comparison needs."""
@@ -533,7 +518,10 @@ def accuracy(args: argparse.Namespace) -> None:
                  "max_new_tokens", "seed"):
         setup[name] = vars(args)[name]
     # OUT.part has a line per answer so far. It becomes OUT when all are there.
-    out = Path(args.out or default_out(args))
+    decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
+    folder = Path(args.model if Path(args.model).is_dir() else f"answers/{args.model}")
+    name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
+    out = Path(args.out or folder / name)
     part = Path(f"{out}.part")
     check(args.resume or not part.exists(), f"{part}: an interrupted evaluation; add "
           "--resume to continue it, or remove the file")
@@ -562,12 +550,6 @@ def accuracy(args: argparse.Namespace) -> None:
     check(len(records) == wanted, f"{out}: {len(records)} answers instead of {wanted}")
     print(f"{summary_line(records)}; {out}")
 
-def default_out(args: argparse.Namespace) -> Path:
-    """BENCHMARK-DECODING.jsonl in the model's folder; for a Hub name, in answers/NAME."""
-    folder = Path(args.model if Path(args.model).is_dir() else f"answers/{args.model}")
-    decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
-    return folder / f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
-
 def compare(args: argparse.Namespace) -> None:
     """Paired comparison of two files of answers to the same problems."""
     sides = []
@@ -593,22 +575,18 @@ def resample_on_policy(student: Transformer, micro_batches: list[list[data.Examp
     writer = student
     if args.dtype == "bfloat16":
         writer = copy.deepcopy(student).bfloat16()
-    first = 0
+    number = 0  # of the trace in the step, however the step is cut into micro-batches
     for examples in micro_batches:
-        seeds = [(args.seed, step, first + i) for i in range(len(examples))]
-        first += len(examples)
-        chosen = []
-        for i, seed in enumerate(seeds):
-            if np.random.default_rng((*seed, 1)).random() < args.on_policy:
-                chosen.append(i)
-        if not chosen:
-            continue
-        prompts = []
-        for i in chosen:
-            prompts.append(examples[i].tokens[:examples[i].prompt_length].tolist())
+        prompts, seeds = {}, []
+        for i, example in enumerate(examples, number):
+            draw = np.random.default_rng((args.seed, step, i, 1)).random()
+            if draw < args.on_policy:
+                prompts[i - number] = example.tokens[:example.prompt_length].tolist()
+                seeds.append((args.seed, step, i))
+        number += len(examples)
         longest = max(len(example.tokens) - example.prompt_length for example in examples)
-        answers = writer.sample(prompts, longest, 1.0, [seeds[i] for i in chosen])
-        for i, prompt, (ids, _) in zip(chosen, prompts, answers, strict=True):
+        answers = writer.sample([*prompts.values()], longest, 1.0, seeds) if prompts else []
+        for (i, prompt), (ids, _) in zip(prompts.items(), answers, strict=True):
             examples[i] = data.Example(np.array(prompt + ids), len(prompt))
 
 def surviving_update(student: Transformer, start: Transformer) -> float:
