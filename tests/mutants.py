@@ -114,7 +114,7 @@ MUTANTS = [
     ("train.py", "    student.folder = final  #", "    #"),
     ("train.py", "if line[\"step\"] <= first", "if True"),
     ("train.py", "        data.cut_half_line(log)\n", ""),
-    ("evaluate.py", "number += len(examples)", "first += 0"),
+    ("evaluate.py", "number += len(examples)", "number += 0"),
     ("train.py", "    os.sync()  #", "    #"),
     # ---- evaluate.py: averages, intervals, resuming, grading
     ("evaluate.py", ", base_wait_time=0.2", ""),
