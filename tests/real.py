@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from server import ungraded
+
 import data
 import evaluate
 import train
@@ -134,8 +136,7 @@ def compare_training(folder: Path, args: argparse.Namespace) -> None:
     """A model learns from its own answers, right or wrong: q = p at the first step."""
     out = Path(args.out)
     records = answer(folder, args, out / "sampled.jsonl", "--temperature", "1")
-    records = [{**record, "correct": None} for record in records]
-    data.write_jsonl(out / "traces.jsonl", records)
+    data.write_jsonl(out / "traces.jsonl", ungraded(records))
     examples, _ = data.load_traces(out / "traces.jsonl", data.Tokenizer(folder), 1024, True)
     trained, save = [], Transformer.save_pretrained
 

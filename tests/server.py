@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-HOME = Path(__file__).parents[1]
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import evaluate
 import loss
 import train
+
+HOME = Path(__file__).parents[1]
 
 
 def code_block(first_line: str) -> str:
@@ -124,6 +125,11 @@ def served_traces(args: argparse.Namespace, problems: list[dict]) -> tuple[str, 
     return name, [record for _, record in data.read_jsonl(out / "served.jsonl")]
 
 
+def ungraded(records: list[dict]) -> list[dict]:
+    """Answers of a model that is hardly ever right, as traces all the same, to try things out."""
+    return [{**record, "correct": None} for record in records if record["response"].strip()]
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -144,9 +150,8 @@ def main(argv: list[str] | None = None) -> dict:
         start_llama_cpp(args.llama_cpp, args.url)
     problems = evaluate.load_problems(args.benchmark, "box")[:args.problems]
     name, records = served_traces(args, problems)
-    # A small model is hardly ever right, and a wrong answer has the same ids and numbers.
     out, right = Path(args.out), sum(record["correct"] for record in records)
-    data.write_jsonl(out / "plain.jsonl", [{**record, "correct": None} for record in records])
+    data.write_jsonl(out / "plain.jsonl", ungraded(records))
     model, tokenizer = data.load(args.teacher)
     kept: list[dict] = []
     examples, dropped = data.load_traces(out / "plain.jsonl", tokenizer, teacher=True, records=kept)
