@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import doors
 import gsm8k
 import pytest
 import real
@@ -162,3 +163,11 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     ran.clear()
     assert gsm8k.main(argv) == rows and not any("probe" in line for line in ran)
     assert sum(line.startswith("evaluate.py exposure") for line in ran) == 0
+
+
+def test_doors(toy_model, traces, tmp_path, monkeypatch):
+    """Guards a comparison that compares nothing."""
+    monkeypatch.setattr(doors.DisCorD, "vocab_size", 129)
+    found = doors.main([str(toy_model), str(traces), "--out", str(tmp_path), "--lr", "1e-3"])
+    assert found["loss"] < 1e-4 and found["norm"] < 1e-4  # the Trainer's log is rounded
+    assert found["weights"] < 1e-3 * found["update"] and found["update"] > 0.1
