@@ -1,9 +1,10 @@
 """The bridge to transformers' Trainer on real weights, or on several processes.
 
     python tests/doors.py STUDENT TRACES
-    accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
+    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
         --dynamo_backend no tests/doors.py STUDENT TRACES
 
+On a CPU, too, it takes --multi_gpu: with --cpu, accelerate starts one process and says nothing.
 A few steps by the Trainer and by train.py: the same losses, the same norms of the gradient and the
 same weights. Not a test.
 """
