@@ -58,8 +58,7 @@ def start_llama_cpp(file: str, url: str) -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = file, 4096, 1
-    params.hostname, _, port = url.removeprefix("http://").partition(":")
-    params.port = int(port)
+    params.port = int(url.rpartition(":")[2])  # of 127.0.0.1
     server = xllamacpp.Server(params)
     print("listening at", server.listening_address, flush=True)
     threading.Event().wait()
