@@ -95,8 +95,8 @@ class Study:
             file = out / f"{name}-{tokens}.jsonl"
             file.unlink(missing_ok=True)
             begin = time.perf_counter()
-            self.answer(model, "train", file, "--limit", self.args.answers, "--temperature", 1,
-                        "--max-new-tokens", tokens)
+            self.answer(model, "train", file, "--limit", self.args.answers, "--temperature",
+                        self.args.temperature, "--max-new-tokens", tokens)
             times.append(time.perf_counter() - begin)
         return max(times[1] - times[0], 0.1)
 
@@ -219,6 +219,7 @@ def main(argv: list[str]) -> list[dict]:
     add("--held-back", type=positive, default=500, help="the last ones of --train")
     add("--limit", type=positive, help="only the first test problems")
     add("--samples", type=positive, default=4, help="of the teacher for each problem")
+    add("--temperature", default="1", help="of the teacher (default: 1)")
     add("--keep-wrong", action="store_true", help="train on wrong answers, too: a try-out")
     add("--warm-up", type=data.number(int, 0), default=0, help="steps of SFT before all others")
     add("--warm-up-lr", default="1e-5")
@@ -245,8 +246,8 @@ def main(argv: list[str]) -> list[dict]:
         study.estimate(student)
     if args.estimate:
         return []
-    answers = study.answer(args.teacher, "train", study.out / "answers.jsonl", "--temperature", 1,
-                           "--samples", args.samples)
+    answers = study.answer(args.teacher, "train", study.out / "answers.jsonl", "--temperature",
+                           args.temperature, "--samples", args.samples)
     usable = study.make_traces(answers, study.out / "traces.jsonl")
     print(f"{usable} of {len(answers)} answers are traces", flush=True)
     if args.warm_up:

@@ -22,6 +22,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -59,6 +60,8 @@ def start_llama_cpp(file: str, url: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = file, 4096, 1
     params.port = int(url.rpartition(":")[2])  # of 127.0.0.1
+    for part in (params.cpuparams, params.cpuparams_batch):
+        part.n_threads = torch.get_num_threads()  # more than are free make it crawl
     server = xllamacpp.Server(params)
     print("listening at", server.listening_address, flush=True)
     threading.Event().wait()
