@@ -154,6 +154,11 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     rows = gsm8k.main(argv)
     assert [row["run"] for row in rows[1:]] == ["student before", "sft", "dft", "discord", "rkl"]
     assert all(row["- SFT"].startswith("+0.0000 [") for row in (rows[1], *rows[3:]))
+    for row in rows[2:]:
+        dev = {rate: evaluate.summarize(evaluate.read_answers(
+            out / f"{row['run']}-{rate}/dev-greedy.jsonl")) for rate in ("1e-4", "1e-2")}
+        best = {rate: (s["accuracy"], -s["cut_off"]) for rate, s in dev.items()}
+        assert best[row["lr"]] == max(best.values())
     losses = {name: next(data.read_jsonl(out / f"{name}-1e-4/log.jsonl"))[1]["loss"]
               for name in ("sft", "dft")}
     assert losses["dft"] < 0.5 * losses["sft"]  # the weight is q(y)
