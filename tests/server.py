@@ -136,7 +136,7 @@ def ungraded(records: list[dict]) -> list[dict]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--teacher", help="folder with the weights of the server")
+    add("--teacher", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the server's weights")
     add("--url", default="http://127.0.0.1:8123")
     add("--offline", action="store_true")
     add("--llama-cpp", metavar="FILE.gguf", help="be the server, at --url")
