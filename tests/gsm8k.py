@@ -151,7 +151,10 @@ class Study:
             self.train(name, student, self.out / "traces.jsonl", out, "--lr", rate)
             s = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
             found.append((s["accuracy"], -s["cut_off"], rate, out))  # then fewer cut off
-        *_, rate, out = max(found, key=lambda one: one[:2])
+        best = max(found, key=lambda one: one[:2])
+        *_, rate, out = best
+        if sum(one[:2] == best[:2] for one in found) > 1:
+            print(f"note: of several equal rates of {name}, {rate} is the first", flush=True)
         if rate in (self.args.rates[0], self.args.rates[-1]):
             print(f"note: the best rate of {name}, {rate}, is at an end of the grid", flush=True)
         return rate, out
