@@ -12,6 +12,7 @@ import argparse
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -93,7 +94,6 @@ class Study:
         times, out = [], self.out / "probe"
         for tokens in (1, self.args.max_new_tokens):
             file = out / f"{name}-{tokens}.jsonl"
-            file.unlink(missing_ok=True)
             begin = time.perf_counter()
             self.answer(model, "train", file, "--limit", self.args.answers, "--temperature",
                         self.args.temperature, "--max-new-tokens", tokens)
@@ -113,6 +113,7 @@ class Study:
 
     def estimate(self, student: object) -> None:
         args, out = self.args, self.out / "probe"
+        shutil.rmtree(out, ignore_errors=True)  # it may have had other options
         counts = {name: len(list(data.read_jsonl(self.out / f"{name}.jsonl")))
                   for name in ("train", "dev", "test")}
         teacher = self.decode_seconds(args.teacher, "teacher")
