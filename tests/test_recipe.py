@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_hf
 from hub import HUB
+from server import readme_lines
 from transformers import AutoModelForCausalLM
 
 import data
@@ -28,17 +29,6 @@ COMMANDS = re.findall(r"^    python ((?:data|train|evaluate)\.py [^#\n]*)", RECI
 SMALL = {"accuracy": "--limit 12 --max-new-tokens 12 --batch-size 24 --device cpu",
          "exposure": "--limit 3 --max-new-tokens 5 --samples 2 --device cpu",
          "train.py": "--steps 2 --batch-size 2 --grad-accum 1 --lr 1e-3 --device cpu"}
-
-
-def code_block(first_line: str) -> str:
-    """The indented block of the README that begins with this line."""
-    start = README.index(f"    {first_line}")
-    lines = []
-    for line in README[start:].splitlines():
-        if line and not line.startswith("    "):
-            break
-        lines.append(line[4:])
-    return "\n".join(lines)
 
 
 def publish(shared, tmp_path):
@@ -161,13 +151,9 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     tokenizer = data.Tokenizer(toy_model)
     problems = [{"id": name, "prompt": "0 a+4", "answer": "2"} for name in REPLIES]
-    monkeypatch.setattr(evaluate, "load_problems", lambda name: problems)
-    code = code_block("import data, evaluate")
-    if form == "served":
-        before, _, loop = code.partition("for problem, output")
-        code = before + code_block("for problem, reply") + "\n" + loop.splitlines()[-1]
     replies = made_replies(tokenizer, form)
-    exec(code, {"outputs": replies, "replies": replies})  # noqa: S102
+    exec(readme_lines(form == "served"),  # noqa: S102
+         {"given": problems, "outputs": replies, "replies": replies})
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "0 a+4"}])
     assert all(record["prompt_tokens"] == prompt for _, record in data.read_jsonl("served.jsonl"))
     examples, dropped = data.load_traces("served.jsonl", tokenizer, 64, teacher=True)

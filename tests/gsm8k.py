@@ -1,0 +1,274 @@
+"""SFT, DFT, KL, reverse KL and DisCorD on GSM8K: the README's three commands for each of them.
+
+    python tests/gsm8k.py --teacher Qwen/Qwen2.5-1.5B-Instruct --student Qwen/Qwen2.5-0.5B
+
+The traces come from the training split without its last problems; on these, each objective gets
+its rate from one grid; the test split gives the table. What is there is not done again, so the
+same command resumes. It begins with an estimate of the time; --estimate ends with it. Options
+that are not below go to every train.py. --out holds log.txt and table.md. Not a test.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from server import ungraded
+
+import data
+import evaluate
+import loss
+import train
+from model import check, read_json
+
+HOME = Path(__file__).parents[1]
+NEEDS_TEACHER = {"kl", "rkl"}
+COLUMNS = ["run", "lr", "greedy", "- SFT", "avg@4", "- SFT ", "ExAccErr, %", "tokens", "steps",
+           "sec.", "GB"]
+
+
+def dft(argv: list[str]) -> None:
+    """DFT (arXiv 2508.05629), the objective of exercise 7, in the place of plain SFT."""
+    loss.OBJECTIVES["sft"] = lambda q, y, p, beta: loss.sft(q, y) * (-loss.sft(q, y).detach()).exp()
+    train.train(train.parse_args(argv))
+
+
+def run(log: Path, *words: object) -> str:
+    """A command in a process of its own, so that its peak memory is its own. Returns its lines."""
+    command = list(map(str, words))
+    said = []
+    with open(log, "a", encoding="utf-8") as file:
+        for line in (f"$ python {shlex.join(command)}\n",):
+            print(line, end="", flush=True)
+            file.write(line)
+        file.flush()
+        command[0] = str(HOME / command[0])
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            said.append(line)
+    check(process.wait() == 0, f"failed: python {shlex.join(command)}")
+    return "".join(said)
+
+
+class Study:
+    """The commands of one study, with its options filled in."""
+
+    def __init__(self, args: argparse.Namespace, more: list[str]):
+        self.args, self.more, self.out = args, more, Path(args.out)
+        self.log = self.out / "log.txt"
+        self.learn = train.parse_args(["--student", "s", "--traces", "t", "--out", "o", *more])
+
+    def answer(self, model: object, problems: str, out: Path, *more: object) -> list[dict]:
+        args = self.args
+        run(self.log, "evaluate.py", "accuracy", "--model", model, "--benchmark",
+            self.out / f"{problems}.jsonl", "--out", out, "--max-new-tokens", args.max_new_tokens,
+            "--batch-size", args.answers, "--seed", args.seed, "--resume", *more)
+        return evaluate.read_answers(out)
+
+    def train(self, name: str, student: object, traces: Path, out: Path, *more: object) -> dict:
+        """`name` may be dft, which train.py does not know."""
+        script = ["train.py"]
+        if name == "dft":
+            script, name = ["tests/gsm8k.py", "dft"], "sft"
+        teacher = ["--teacher", self.args.teacher] if name in NEEDS_TEACHER else []
+        run(self.log, *script, "--student", student, "--traces", traces, "--out", out, "--seed",
+            self.args.seed, "--objective", name, "--resume", *self.more, *teacher, *more)
+        return read_json(out / "run.json")
+
+    def make_traces(self, answers: list[dict], file: Path) -> int:
+        kept = ungraded(answers) if self.args.keep_wrong else answers
+        data.write_jsonl(file, kept)
+        return sum(not data.drop_reason(record) for record in kept)
+
+    # ---- What it will take
+    def decode_seconds(self, model: object, name: str) -> float:
+        """Seconds of one full batch, without loading: two commands, and their difference."""
+        times, out = [], self.out / "probe"
+        for tokens in (1, self.args.max_new_tokens):
+            file = out / f"{name}-{tokens}.jsonl"
+            begin = time.perf_counter()
+            self.answer(model, "train", file, "--limit", self.args.answers, "--temperature",
+                        self.args.temperature, "--max-new-tokens", tokens)
+            times.append(time.perf_counter() - begin)
+        return max(times[1] - times[0], 0.1)
+
+    def step_seconds(self, name: str, student: object) -> float:
+        out = self.out / "probe" / name
+        self.train(name, student, self.out / "probe/traces.jsonl", out, "--steps", 4,
+                   "--log-every", 2)
+        *_, (_, line) = data.read_jsonl(out / "log.jsonl")
+        traces, run = data.read_jsonl(self.out / "probe/traces.jsonl"), read_json(out / "run.json")
+        tokens = [len(record["teacher_logprobs"]) for _, record in traces
+                  if not data.drop_reason(record)]
+        size = run["options"]["batch_size"] * run["options"]["grad_accum"]
+        return sum(tokens) / len(tokens) * size / line["tok/s"]
+
+    def estimate(self, student: object) -> None:
+        args, out = self.args, self.out / "probe"
+        shutil.rmtree(out, ignore_errors=True)  # it may have had other options
+        counts = {name: len(list(data.read_jsonl(self.out / f"{name}.jsonl")))
+                  for name in ("train", "dev", "test")}
+        teacher = self.decode_seconds(args.teacher, "teacher")
+        answers = evaluate.read_answers(out / f"teacher-{args.max_new_tokens}.jsonl")
+        usable = self.make_traces(answers, out / "traces.jsonl") / len(answers)
+        pupil = self.decode_seconds(student, "student")
+        step = {False: self.step_seconds("sft", student), True: 0.0}
+        if NEEDS_TEACHER & set(args.objectives):
+            step[True] = self.step_seconds("kl", student)
+        traces = counts["train"] * args.samples * usable
+        steps = self.learn.steps or math.ceil(
+            self.learn.epochs * traces / (self.learn.batch_size * self.learn.grad_accum))
+        training = sum(step[name in NEEDS_TEACHER] for name in args.objectives) * steps
+        runs = len(args.objectives) * len(args.rates)
+        batches = {name: math.ceil(count / args.answers) for name, count in counts.items()}
+        test = batches["test"] + math.ceil(4 * counts["test"] / args.answers)
+        parts = {
+            "traces of the teacher": math.ceil(counts["train"] * args.samples / args.answers)
+            * teacher,
+            "warm-up": args.warm_up * step[False],
+            f"{runs} runs of {steps} steps": training * len(args.rates),
+            "held-back problems": runs * batches["dev"] * pupil,
+            "test problems": (len(args.objectives) + 1) * test * pupil + test * teacher,
+        }
+        lines = [f"{seconds / 3600:8.2f} h  {what}\n" for what, seconds in parts.items()]
+        total = f"{sum(parts.values()) / 3600:8.2f} h  in all, and loading {3 * runs} times\n"
+        print("".join(lines) + total, flush=True)
+        (self.out / "estimate.txt").write_text("".join(lines) + total)
+
+    # ---- The study
+    def best_rate(self, name: str, student: object) -> tuple[str, Path]:
+        """The rate with the best greedy accuracy on the held-back problems, and its run."""
+        found = []
+        for rate in self.args.rates:
+            out = self.out / f"{name}-{rate}"
+            self.train(name, student, self.out / "traces.jsonl", out, "--lr", rate)
+            s = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
+            found.append((s["accuracy"], -s["cut_off"], rate, out))  # then fewer cut off
+        best = max(found, key=lambda one: one[:2])
+        *_, rate, out = best
+        if sum(one[:2] == best[:2] for one in found) > 1:
+            print(f"note: of several equal rates of {name}, {rate} is the first", flush=True)
+        if rate in (self.args.rates[0], self.args.rates[-1]):
+            print(f"note: the best rate of {name}, {rate}, is at an end of the grid", flush=True)
+        return rate, out
+
+    def measure(self, model: object, folder: Path, base: Path | None) -> dict:
+        """A row of the table; `base` is the folder with SFT's answers, to compare with."""
+        row = {}
+        for column, gain, file, more in (
+                ("greedy", "- SFT", "test-greedy.jsonl", []),
+                ("avg@4", "- SFT ", "test-T1x4.jsonl", ["--temperature", 1, "--samples", 4])):
+            s = evaluate.summarize(self.answer(model, "test", folder / file, *more))
+            row[column] = f"{s['accuracy']:.3f} ± {s['standard_error']:.3f}"
+            row.setdefault("tokens", f"{s['mean_tokens']:.0f}")
+            if base and base != folder:
+                said = run(self.log, "evaluate.py", "compare", folder / file, base / file)
+                found = re.search(r"A - B: (\S+), 95 % interval (\S+) to (\S+);", said)
+                row[gain] = "{} [{}, {}]".format(*found.groups())
+        return row
+
+    def exposure(self, folder: Path) -> str:
+        file = folder / "exposure.jsonl"
+        if not file.exists():
+            run(self.log, "evaluate.py", "exposure", "--teacher", self.args.teacher, "--student",
+                folder, "--benchmark", self.out / "test.jsonl", "--limit", 100, "--samples", 2,
+                "--max-new-tokens", self.args.exposure_length, "--batch-size", self.args.answers,
+                "--out", file)
+        *_, (_, line) = data.read_jsonl(file)
+        return "{excess:+.0f} [{low:+.0f}, {high:+.0f}]".format(**line)
+
+    def table(self, student: object) -> list[dict]:
+        rows = [{"run": f"teacher: {self.args.teacher}",
+                 **self.measure(self.args.teacher, self.out / "teacher", None)}]
+        chosen = {name: self.best_rate(name, student) for name in self.args.objectives}
+        base = chosen["sft"][1] if "sft" in chosen else None
+        for name, (rate, folder) in chosen.items():
+            *_, (_, line) = data.read_jsonl(folder / "log.jsonl")
+            made = read_json(folder / "run.json")
+            rows.append({"run": name, "lr": rate, **self.measure(folder, folder, base),
+                         "ExAccErr, %": self.exposure(folder), "steps": made["steps"],
+                         "sec.": f"{made['seconds']:.0f}", "GB": f"{line['gb']:.1f}"})
+        rows.insert(1, {"run": "student before",
+                        **self.measure(student, self.out / "before", base)})
+        return rows
+
+
+def cut(model: str, layers: int, out: Path) -> Path:
+    """A student made of the first layers of a model."""
+    if not (out / "config.json").exists():
+        student, _ = data.load(model)
+        student.model.layers = student.model.layers[:layers]
+        student.config.raw["num_hidden_layers"] = layers
+        student.save_pretrained(out)
+    return out
+
+
+def main(argv: list[str]) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, positive = parser.add_argument, data.number(int, 1)
+    add("--teacher", default="Qwen/Qwen2.5-1.5B-Instruct")
+    add("--student", default="Qwen/Qwen2.5-0.5B")
+    add("--layers", type=positive, help="the student is only the first layers of --student")
+    add("--train", default="gsm8k:train", help="name or JSONL file of the training problems")
+    add("--test", default="gsm8k", help="the same of the test problems")
+    add("--problems", type=positive, help="only the first ones for training")
+    add("--held-back", type=positive, default=500, help="the last ones of --train")
+    add("--limit", type=positive, help="only the first test problems")
+    add("--samples", type=positive, default=4, help="of the teacher for each problem")
+    add("--temperature", default="1", help="of the teacher (default: 1)")
+    add("--keep-wrong", action="store_true", help="train on wrong answers, too: a try-out")
+    add("--warm-up", type=data.number(int, 0), default=0, help="steps of SFT before all others")
+    add("--warm-up-lr", default="1e-5")
+    add("--objectives", nargs="+", default=["sft", "dft", "kl", "rkl", "discord"])
+    add("--rates", nargs="+", default=["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"])
+    add("--max-new-tokens", type=positive, default=512)
+    add("--answers", type=positive, default=256, help="at a time")
+    add("--exposure-length", type=positive, default=128, help="tokens of ExAccErr")
+    add("--seed", type=int, default=0)
+    add("--estimate", action="store_true", help="only say how long it will take")
+    add("--out", default="runs/gsm8k")
+    args, more = parser.parse_known_args(argv)
+    study = Study(args, more)
+    known = evaluate.load_problems(args.train, "box")
+    check(len(known) > args.held_back, f"--held-back {args.held_back}: of {len(known)} problems")
+    data.write_jsonl(study.out / "train.jsonl", known[:-args.held_back][:args.problems])
+    data.write_jsonl(study.out / "dev.jsonl", known[-args.held_back:])
+    data.write_jsonl(study.out / "test.jsonl",
+                     evaluate.load_problems(args.test, "box")[:args.limit])
+    student: object = args.student
+    if args.layers:
+        student = cut(args.student, args.layers, study.out / "cut")
+    if args.estimate or not (study.out / "estimate.txt").exists():
+        study.estimate(student)
+    if args.estimate:
+        return []
+    answers = study.answer(args.teacher, "train", study.out / "answers.jsonl", "--temperature",
+                           args.temperature, "--samples", args.samples)
+    usable = study.make_traces(answers, study.out / "traces.jsonl")
+    print(f"{usable} of {len(answers)} answers are traces", flush=True)
+    if args.warm_up:
+        study.train("sft", student, study.out / "traces.jsonl", study.out / "warm", "--steps",
+                    args.warm_up, "--lr", args.warm_up_lr)
+        student = study.out / "warm"
+    rows = study.table(student)
+    lines = ["| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |\n"
+             for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), dict.fromkeys(COLUMNS, "---"),
+                         *rows)]
+    print("".join(lines))
+    (study.out / "table.md").write_text("".join(lines), encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["dft"]:
+        data.run_command(lambda: dft(sys.argv[2:]))
+    else:
+        data.run_command(lambda: main(sys.argv[1:]))
