@@ -284,7 +284,8 @@ def show(runs: list[Run], *keys: str) -> None:
 
 # ---- main, rates, times: which objective?
 
-MAIN_WORLD = World(ways=True, lessons=600)
+TOY = World()
+FOUR_WAYS = World(ways=True, lessons=600)  # so that the student is as good as in the toy
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
 METHODS = {  # name: (options, weight)
     "SFT": ("sft", "discord"),
@@ -295,37 +296,38 @@ METHODS = {  # name: (options, weight)
     "DisCorD, τ = 1": ("discord --tau 1", "discord"),
 }
 
-def method_run(name: str, lr: float, seed: int, problems: str = "held-out",
+def method_run(world: World, name: str, lr: float, seed: int, problems: str = "held-out",
                samples: int = 8) -> Run:
     options, weight = METHODS[name]
     stages = ((f"{options} --lr {lr:g} --steps 800", weight),)
-    return Run(MAIN_WORLD, seed, f"{name} {lr:g}", stages, problems, samples)
+    return Run(world, seed, f"{name} {lr:g}", stages, problems, samples)
 
-def rate_runs() -> list[Run]:
+def rate_runs(world: World) -> list[Run]:
     """Every method at every rate, on the validation problems."""
     runs = []
     for name in METHODS:
         for lr in RATES:
-            runs += [method_run(name, lr, seed, "validation", 1) for seed in range(2)]
+            for seed in range(2):
+                runs.append(method_run(world, name, lr, seed, "validation", 1))
     return runs
 
-def best_rates() -> dict[str, float]:
+def best_rates(world: World) -> dict[str, float]:
     """By the mean of greedy and sampled accuracy over two seeds."""
-    found = do_all(rate_runs())
+    found = do_all(rate_runs(world))
     best = {}
     for name in METHODS:
         scores = {}
         for lr in RATES:
-            column = found[MAIN_WORLD, f"{name} {lr:g}"]
+            column = found[world, f"{name} {lr:g}"]
             scores[lr] = np.mean(column["greedy"] + column["sampled"])
         best[name] = max(scores, key=scores.get)
     return best
 
-def main_runs() -> list[Run]:
+def main_runs(world: World) -> list[Run]:
     """The student before, then each method at its best rate."""
-    runs = [Run(MAIN_WORLD, seed, "student before", samples=8) for seed in range(5)]
-    for name, lr in best_rates().items():
-        runs += [method_run(name, lr, seed) for seed in range(5)]
+    runs = [Run(world, seed, "student before", samples=8) for seed in range(5)]
+    for name, lr in best_rates(world).items():
+        runs += [method_run(world, name, lr, seed) for seed in range(5)]
     return runs
 
 def times(rounds: int = 5) -> None:
@@ -334,7 +336,7 @@ def times(rounds: int = 5) -> None:
     for i in range(rounds):
         for name, (options, weight) in METHODS.items():
             stages = ((f"{options} --steps 200", weight),)
-            run = Run(MAIN_WORLD, 0, f"{name}, round {i}", stages, "validation")
+            run = Run(TOY, 0, f"{name}, round {i}", stages, "validation")
             seconds = work((Run.do, run))["seconds"]
             if name == "SFT":
                 of_sft = seconds
@@ -404,7 +406,7 @@ def tau_runs() -> list[Run]:
     stages = {}
     for tau in TAUS:
         stages[f"tau {tau:g}"] = ((f"discord --lr 1e-3 --steps 800 --tau {tau}", "discord"),)
-    return runs_in([MAIN_WORLD], stages, 5)
+    return runs_in([TOY], stages, 5)
 
 def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
@@ -449,9 +451,9 @@ def curve(axis: Axes, x: tuple, points: list[list[float]], **style: object) -> N
 
 def rates_panel(axis: Axes) -> None:
     axis.set(title="Which learning rate? (two seeds)", xscale="log", xlabel="learning rate")
-    found = do_all(rate_runs())
+    found = do_all(rate_runs(TOY))
     for name in METHODS:
-        points = [found[MAIN_WORLD, f"{name} {lr:g}"]["sampled"] for lr in RATES]
+        points = [found[TOY, f"{name} {lr:g}"]["sampled"] for lr in RATES]
         curve(axis, RATES, points, color=COLORS[name], label=name)
 
 def tau_panel(axis: Axes) -> None:
@@ -460,10 +462,9 @@ def tau_panel(axis: Axes) -> None:
     axis.minorticks_off()
     axis.axvline(0.5, color="0.6", linestyle=":")
     found = do_all(tau_runs())
-    for key, style in (("greedy", "-"), ("sampled", "--"), ("kl", ":")):
-        points = [found[MAIN_WORLD, f"tau {tau:g}"][key] for tau in TAUS]
-        label = "KL of shares" if key == "kl" else key
-        curve(axis, TAUS, points, color=COLORS["DisCorD"], linestyle=style, label=label)
+    for key, style in (("greedy", "-"), ("sampled", "--")):
+        points = [found[TOY, f"tau {tau:g}"][key] for tau in TAUS]
+        curve(axis, TAUS, points, color=COLORS["DisCorD"], linestyle=style, label=key)
 
 def shares_panel(axis: Axes) -> None:
     axis.set(title="A softmax table (dotted: teacher)", xlim=(-0.03, 1.03))
@@ -502,28 +503,36 @@ def draw_study() -> None:
                     ncols=2)
     figure.savefig(FIGURES / "study.png")
 
-def draw_result() -> None:
-    figure, axes = plot.subplots(1, 2, figsize=(15, 6), layout="constrained", sharey=True)
-    left, right = axes
-    names = ["student before", *METHODS]
-    columns = do_all(main_runs()).values()
-    for y, (name, column) in enumerate(zip(names, columns, strict=True)):
-        color = COLORS.get(name, "0.45")
+def accuracy_panel(axis: Axes, world: World) -> None:
+    for y, (_, column) in enumerate(do_all(main_runs(world)).items()):
+        color = ["0.45", *COLORS.values()][y]
         for key, offset, fill in (("greedy", -0.14, color), ("sampled", 0.14, "white")):
             middle, half = np.mean(column[key]), half_interval(column[key])
-            left.errorbar(middle, y + offset, xerr=half, marker="o", markersize=10, capsize=4,
+            axis.errorbar(middle, y + offset, xerr=half, marker="o", markersize=10, capsize=4,
                           color=color, markerfacecolor=fill)
+    axis.set(xlim=(0, 1.02), xlabel="accuracy")
+    axis.grid(axis="x", color="0.85")
+
+def ways_panel(axis: Axes) -> None:
+    for y, column in enumerate(do_all(main_runs(FOUR_WAYS)).values()):
         start = 0.0
         for share, color in zip(np.mean(column["shares"], axis=0), FOUR_COLORS, strict=True):
-            right.barh(y, share, left=start, height=0.6, color=color)
+            axis.barh(y, share, left=start, height=0.6, color=color)
             start += share
     for line in np.cumsum(TEACHER_SHARES)[:-1]:
-        right.axvline(line, color="black", linestyle=":")
-    left.set(title="Accuracy (full: greedy; hollow: sampled)", xlim=(0, 1.02))
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.grid(axis="x", color="0.85")
-    right.set(title="Shares of four right ways to write (dotted: teacher)")
+        axis.axvline(line, color="black", linestyle=":")
+    axis.set(title="The student's four ways", xlabel="shares (dotted: the teacher's)")
+
+def draw_result() -> None:
+    figure, axes = plot.subplots(1, 3, figsize=(18, 6), layout="constrained", sharey=True)
+    toy, four_ways, ways = axes
+    accuracy_panel(toy, TOY)
+    toy.set(title="The toy (full: greedy; hollow: sampled)")
+    toy.set_yticks(range(1 + len(METHODS)), ["student before", *METHODS])
+    toy.invert_yaxis()
+    accuracy_panel(four_ways, FOUR_WAYS)
+    four_ways.set(title="Each value written in one of four ways")
+    ways_panel(ways)
     figure.savefig(FIGURES / "result.png")
 
 def figures() -> None:
@@ -534,11 +543,11 @@ def figures() -> None:
     draw_study()
 
 PARTS = {
-    "main": lambda: show(main_runs(), *ACCURACY, "pass", "kl", "tokens"),
-    "rates": lambda: show(rate_runs(), *ACCURACY, "kl"),
+    "main": lambda: show(main_runs(TOY) + main_runs(FOUR_WAYS), *ACCURACY, "pass", "kl", "tokens"),
+    "rates": lambda: show(rate_runs(TOY) + rate_runs(FOUR_WAYS), *ACCURACY, "kl"),
     "times": times,
     "shares": shares,
-    "tau": lambda: show(tau_runs(), *ACCURACY, "kl"),
+    "tau": lambda: show(tau_runs(), *ACCURACY),
     "capacity": lambda: show(capacity_runs(), *ACCURACY),
     "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
     "far": lambda: show(far_runs(), *ACCURACY, *LOG),
