@@ -39,7 +39,6 @@ TEACHER_SHARES = 0.4, 0.3, 0.2, 0.1
 STUDENT_SHARES = 0.7, 0.1, 0.1, 0.1
 
 # ---- Weights in place of loss.discord_weight. They get log q(y), log p(y) and tau.
-
 def dft(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
     """The student's own probability (arXiv 2508.05629)."""
     return q_logp.detach().exp()
@@ -56,7 +55,6 @@ WEIGHTS: dict[str, Callable] = {
 }
 
 # ---- Worlds
-
 @dataclass(frozen=True)
 class World:
     """What may differ from the toy of train.py, which is World()."""
@@ -117,9 +115,8 @@ class World:
         return size
 
     def save_model(self, folder: Path, layers: int, width: int, seed: int) -> None:
-        if not (folder / "config.json").exists():
-            data.save_toy_tokenizer = self.save_tokenizer
-            data.save_toy_model(folder, layers, width, seed)
+        data.save_toy_tokenizer = self.save_tokenizer
+        data.save_toy_model(folder, layers, width, seed)
 
     def prepare_teacher(self) -> None:
         home = self.teacher.parent
@@ -186,7 +183,6 @@ def measure(world: World, model: Path, problems: str = "held-out", samples: int 
     return found
 
 # ---- Runs
-
 Stages = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
@@ -256,7 +252,6 @@ def do_all(runs: list[Run]) -> dict[tuple[World, str], Columns]:
     return found
 
 # ---- Tables
-
 def half_interval(values: list[float]) -> float:
     """Half of the 95 % interval of a mean over seeds (Student's t)."""
     n = len(values)
@@ -283,7 +278,6 @@ def show(runs: list[Run], *keys: str) -> None:
         print_table(["", *keys], rows)
 
 # ---- main, rates, times: which objective?
-
 TOY = World()
 FOUR_WAYS = World(ways=True, lessons=600)  # so that the student is as good as in the toy
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
@@ -345,7 +339,6 @@ def times(rounds: int = 5) -> None:
     print_table(["", "time / SFT's"], rows)
 
 # ---- shares: a softmax table, where each weight leads
-
 TABLE_TEACHER = 0.5, 0.3, 0.2
 STARTS = [
     (0.4, 0.35, 0.25),
@@ -382,7 +375,6 @@ def shares() -> None:
     print_table(["from", *map(str, STARTS)], lines)
 
 # ---- tau, capacity, dead, far
-
 SFT = (("sft --lr 3e-2 --steps 800", "discord"),)
 DISCORD = (("discord --lr 1e-3 --steps 800", "discord"),)
 TAUS = 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0
@@ -433,38 +425,53 @@ def far_runs() -> list[Run]:
     return runs_in(worlds, stages, 3)
 
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
-
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
-          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
+          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2", "SFT 400, then DisCorD": "0.1"}
 FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
 
-def curve(axis: Axes, x: tuple, points: list[list[float]], **style: object) -> None:
-    """Means over seeds, and their intervals."""
-    middle = np.mean(points, axis=1)
-    axis.plot(x, middle, marker="o", **style)
-    if len(points[0]) == 2:
-        return
-    half = np.array([half_interval(values) for values in points])
-    low, high = middle - half, middle + half
-    axis.fill_between(x, low, high, alpha=0.15, color=style["color"])
+Places = dict[str, list[tuple[World, str]]]  # {name: [world and label of each point]}
+
+def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: Places) -> None:
+    """Sampled accuracy: means over seeds, and their intervals."""
+    found = do_all(runs)
+    for name, line in places.items():
+        points = [found[place]["sampled"] for place in line]
+        middle = np.mean(points, axis=1)
+        axis.plot(x, middle, marker="o", color=COLORS[name], label=name)
+        if len(points[0]) > 2:
+            half = np.array([half_interval(values) for values in points])
+            low, high = middle - half, middle + half
+            axis.fill_between(x, low, high, alpha=0.15, color=COLORS[name])
+    axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy")
 
 def rates_panel(axis: Axes) -> None:
-    axis.set(title="Which learning rate? (two seeds)", xscale="log", xlabel="learning rate")
-    found = do_all(rate_runs(TOY))
+    places = {}
     for name in METHODS:
-        points = [found[TOY, f"{name} {lr:g}"]["sampled"] for lr in RATES]
-        curve(axis, RATES, points, color=COLORS[name], label=name)
+        places[name] = [(TOY, f"{name} {lr:g}") for lr in RATES]
+    curves(axis, "Which learning rate? (two seeds)", RATES, rate_runs(TOY), places)
+    axis.set(xlabel="learning rate", xscale="log")
 
 def tau_panel(axis: Axes) -> None:
-    axis.set(title="Which τ?", xscale="log", xlabel="τ (dotted: 1/2)")
+    places = {"DisCorD": [(TOY, f"tau {tau:g}") for tau in TAUS]}
+    curves(axis, "Which τ?", TAUS, tau_runs(), places)
+    axis.set(xlabel="τ", xscale="log")
     axis.set_xticks(TAUS, map(str, TAUS))
     axis.minorticks_off()
-    axis.axvline(0.5, color="0.6", linestyle=":")
-    found = do_all(tau_runs())
-    for key, style in (("greedy", "-"), ("sampled", "--")):
-        points = [found[TOY, f"tau {tau:g}"][key] for tau in TAUS]
-        curve(axis, TAUS, points, color=COLORS["DisCorD"], linestyle=style, label=key)
+
+def capacity_panel(axis: Axes) -> None:
+    places = {}
+    for name in ("SFT", "DisCorD"):
+        places[name] = [(World(skip=skip), name) for skip in SKIPS]
+    curves(axis, "When does it help?", SKIPS, capacity_runs(), places)
+    axis.set(xlabel="how readily the teacher skips a value", xticks=SKIPS)
+
+def far_panel(axis: Axes) -> None:
+    places = {}
+    for name in ("SFT", "DisCorD", "SFT 400, then DisCorD"):
+        places[name] = [(World(lessons=n), name) for n in LESSONS]
+    curves(axis, "A student far away (three seeds)", LESSONS, far_runs(), places)
+    axis.set(xlabel="the student's lessons before", xticks=LESSONS)
 
 def shares_panel(axis: Axes) -> None:
     axis.set(title="A softmax table (dotted: teacher)", xlim=(-0.03, 1.03))
@@ -476,31 +483,14 @@ def shares_panel(axis: Axes) -> None:
         heights = np.arange(len(ends)) + 0.12 * (i - 1.5)
         axis.plot(ends, heights, marker, color=FOUR_COLORS[i], label=f"from {STARTS[i]}")
 
-def capacity_panel(axis: Axes) -> None:
-    axis.set(title="When does it help?", xticks=SKIPS)
-    axis.set(xlabel="how readily the teacher skips a value")
-    found = do_all(capacity_runs())
-    for name in ("SFT", "DisCorD"):
-        points = [found[World(skip=skip), name]["sampled"] for skip in SKIPS]
-        curve(axis, SKIPS, points, color=COLORS[name], label=name)
-
-def far_panel(axis: Axes) -> None:
-    axis.set(title="A student far away", xlabel="the student's lessons before", xticks=LESSONS)
-    found = do_all(far_runs())
-    colors = {**COLORS, "SFT 400, then DisCorD": "0.1"}
-    for label in ("SFT", "DisCorD", "SFT 400, then DisCorD"):
-        points = [found[World(lessons=n), label]["sampled"] for n in LESSONS]
-        curve(axis, LESSONS, points, color=colors[label], label=label)
-
 def draw_study() -> None:
     figure, axes = plot.subplots(2, 3, figsize=(19, 12), layout="constrained")
     panels = (rates_panel, tau_panel, shares_panel, capacity_panel, far_panel)
     for axis, panel in zip(axes.flat, panels, strict=False):
         panel(axis)
-        if panel != shares_panel:
-            axis.set(ylim=(0, 1.02), ylabel="sampled accuracy")
         axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
                     ncols=2)
+    axes.flat[-1].axis("off")
     figure.savefig(FIGURES / "study.png")
 
 def accuracy_panel(axis: Axes, world: World) -> None:
