@@ -377,7 +377,7 @@ def shares() -> None:
 # ---- tau, capacity, dead, far
 SFT = (("sft --lr 3e-2 --steps 800", "discord"),)
 DISCORD = (("discord --lr 1e-3 --steps 800", "discord"),)
-TAUS = 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0
+TAUS = 0.3, 0.5, 0.7, 1.0, 2.0
 SKIPS = 0.2, 0.6, 0.9
 ACCURACY = "greedy", "sampled"
 LOG = "weight", "ess", "first", "worst", "last"  # first line's; unweighted losses
