@@ -404,14 +404,15 @@ def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
     worlds = [World(skip=skip) for skip in SKIPS]
     worlds.append(World(times=0.0))
-    return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 5)
+    return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 3)
 
 def dead_runs() -> list[Run]:
-    """The student has never, or rarely, ended an answer with ####, as the teacher always does."""
+    """The student has never ended an answer with ####, as the teacher always does; last: rarely."""
     stages = {"SFT": SFT, "DisCorD": DISCORD}
     for steps in (25, 50):
         stages[f"SFT {steps}, then DisCorD"] = sft_first(steps, 1e-3)
-    return runs_in([World(marked=0.0), World(marked=0.05)], stages, 3)
+    rarely = runs_in([World(marked=0.05)], {"DisCorD": DISCORD}, 3)
+    return runs_in([World(marked=0.0)], stages, 3) + rarely
 
 def far_runs() -> list[Run]:
     """The last student is the teacher's first layer; the others had few lessons."""
