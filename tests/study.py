@@ -3,7 +3,8 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, times, shares, tau, capacity, dead, far, figures.
+two cores), rates, times, shares, tau, prefixes, capacity, dead,
+far, figures.
 """
 
 import contextlib
@@ -58,7 +59,6 @@ WEIGHTS: dict[str, Callable] = {
 @dataclass(frozen=True)
 class World:
     """What may differ from the toy of train.py, which is World()."""
-
     ways: bool = False  # each value is written in one of four ways
     skip: float = 0.6  # how readily the teacher skips a value
     times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
@@ -189,7 +189,6 @@ Stages = tuple[tuple[str, str], ...]
 class Run:
     """A student's training in stages: options of train.py and a key of WEIGHTS. Without a
     stage, the student before."""
-
     world: World
     seed: int
     label: str
@@ -206,7 +205,7 @@ class Run:
                 options += f" --teacher {self.world.teacher}"
             folder = home / self.label.replace(" ", "-") / f"{i}"
             run = fit(model, home / "traces.jsonl", folder,
-                      f"--seed {self.seed} --objective {options}")
+                      f"--seed {self.seed} --objective {options.format(home=home)}")
             lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
             losses = [line["unweighted"] for line in lines]
             row = {
@@ -300,8 +299,7 @@ def rate_runs(world: World) -> list[Run]:
     runs = []
     for name in METHODS:
         for lr in RATES:
-            for seed in range(2):
-                runs.append(method_run(world, name, lr, seed, "validation", 1))
+            runs += [method_run(world, name, lr, seed, "validation", 1) for seed in range(2)]
     return runs
 
 def best_rates(world: World) -> dict[str, float]:
@@ -399,6 +397,11 @@ def tau_runs() -> list[Run]:
         stages[f"tau {tau:g}"] = ((f"discord --lr 1e-3 --steps 800 --tau {tau}", "discord"),)
     return runs_in([TOY], stages, 5)
 
+def prefix_runs() -> list[Run]:
+    """The traces of the problems by the rule: the teacher's four ways, without a skip."""
+    no_skips = (("sft --lr 1e-3 --steps 800 --traces {home}/problems.jsonl", "discord"),)
+    return runs_in([TOY, FOUR_WAYS], {"SFT without skips": no_skips, "DisCorD": DISCORD}, 3)
+
 def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
     worlds = [World(skip=skip) for skip in SKIPS]
@@ -429,10 +432,8 @@ COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
           "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2", "SFT 400, then DisCorD": "0.1"}
 FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
 
-Places = dict[str, list[tuple[World, str]]]  # {name: [world and label of each point]}
-
-def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: Places) -> None:
-    """Sampled accuracy: means over seeds, and their intervals."""
+def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: dict) -> None:
+    """Sampled accuracy, with intervals. places: {name: [world and label of each point]}."""
     found = do_all(runs)
     for name, line in places.items():
         points = [found[place]["sampled"] for place in line]
@@ -440,8 +441,7 @@ def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: Places) ->
         axis.plot(x, middle, marker="o", color=COLORS[name], label=name)
         if len(points[0]) > 2:
             half = np.array([half_interval(values) for values in points])
-            low, high = middle - half, middle + half
-            axis.fill_between(x, low, high, alpha=0.15, color=COLORS[name])
+            axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=COLORS[name])
     axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy")
 
 def rates_panel(axis: Axes) -> None:
@@ -482,23 +482,13 @@ def shares_panel(axis: Axes) -> None:
         heights = np.arange(len(ends)) + 0.12 * (i - 1.5)
         axis.plot(ends, heights, marker, color=FOUR_COLORS[i], label=f"from {STARTS[i]}")
 
-def draw_study() -> None:
-    figure, axes = plot.subplots(2, 3, figsize=(19, 12), layout="constrained")
-    panels = (rates_panel, tau_panel, shares_panel, capacity_panel, far_panel)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        panel(axis)
-        axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
-                    ncols=2)
-    axes.flat[-1].axis("off")
-    figure.savefig(FIGURES / "study.png")
-
 def accuracy_panel(axis: Axes, world: World) -> None:
     for y, (_, column) in enumerate(do_all(main_runs(world)).items()):
         color = ["0.45", *COLORS.values()][y]
         for key, offset, fill in (("greedy", -0.14, color), ("sampled", 0.14, "white")):
-            middle, half = np.mean(column[key]), half_interval(column[key])
-            axis.errorbar(middle, y + offset, xerr=half, marker="o", markersize=10, capsize=4,
-                          color=color, markerfacecolor=fill)
+            values = column[key]
+            axis.errorbar(np.mean(values), y + offset, xerr=half_interval(values), marker="o",
+                          markersize=10, capsize=4, color=color, markerfacecolor=fill)
     axis.set(xlim=(0, 1.02), xlabel="accuracy")
     axis.grid(axis="x", color="0.85")
 
@@ -529,7 +519,14 @@ def figures() -> None:
     plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
                           "axes.spines.top": False, "axes.spines.right": False})
     draw_result()
-    draw_study()
+    figure, axes = plot.subplots(2, 3, figsize=(19, 12), layout="constrained")
+    panels = (rates_panel, tau_panel, shares_panel, capacity_panel, far_panel)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        panel(axis)
+        axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
+                    ncols=2)
+    axes.flat[-1].axis("off")
+    figure.savefig(FIGURES / "study.png")
 
 PARTS = {
     "main": lambda: show(main_runs(TOY) + main_runs(FOUR_WAYS), *ACCURACY, "pass", "kl", "tokens"),
@@ -537,6 +534,7 @@ PARTS = {
     "times": times,
     "shares": shares,
     "tau": lambda: show(tau_runs(), *ACCURACY),
+    "prefixes": lambda: show(prefix_runs(), *ACCURACY, "kl"),
     "capacity": lambda: show(capacity_runs(), *ACCURACY),
     "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
     "far": lambda: show(far_runs(), *ACCURACY, *LOG),
