@@ -174,8 +174,9 @@ def measure(world: World, model: Path, problems: str = "held-out", samples: int 
         summary = evaluate.summarize(records)
         found[name] = float(summary["accuracy"])
     shares = shares_of_ways(records)
+    kl = TEACHER_SHARES @ np.log(TEACHER_SHARES / shares)
     found["shares"] = shares.tolist()
-    found["kl"] = float(TEACHER_SHARES @ np.log(TEACHER_SHARES / shares))
+    found["kl"] = float(kl)
     found["pass"] = float(summary["pass"])
     found["tokens"] = float(summary["mean_tokens"])
     marked = ["####" in record["response"] for record in records]
@@ -263,7 +264,8 @@ def mean(values: list[float]) -> str:
 def print_table(head: list[str], rows: list[list[str]]) -> None:
     rule = ["---"] * len(head)
     for row in (head, rule, *rows):
-        print("|", " | ".join(row), "|")
+        cells = " | ".join(row)
+        print(f"| {cells} |")
 
 def show(runs: list[Run], *keys: str) -> None:
     """A table for each world, a line for each label."""
@@ -441,7 +443,8 @@ def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: dict) -> N
         axis.plot(x, middle, marker="o", color=COLORS[name], label=name)
         if len(points[0]) > 2:
             half = np.array([half_interval(values) for values in points])
-            axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=COLORS[name])
+            low, high = middle - half, middle + half
+            axis.fill_between(x, low, high, alpha=0.15, color=COLORS[name])
     axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy")
 
 def rates_panel(axis: Axes) -> None:
