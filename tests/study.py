@@ -526,7 +526,8 @@ def figures() -> None:
     panels = (rates_panel, tau_panel, shares_panel, capacity_panel, far_panel)
     for axis, panel in zip(axes.flat, panels, strict=False):
         panel(axis)
-        axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        axis.legend(fontsize=12, loc="upper center", ncols=2,
+                    bbox_to_anchor=(0.5, -0.13))
     axes.flat[-1].axis("off")
     figure.savefig(FIGURES / "study.png")
 
