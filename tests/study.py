@@ -408,7 +408,7 @@ def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
     worlds = [World(skip=skip) for skip in SKIPS]
     worlds.append(World(times=0.0))
-    return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 3)
+    return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 5)
 
 def dead_runs() -> list[Run]:
     """The student has never ended an answer with ####, as the teacher always does; last: rarely."""
@@ -460,13 +460,6 @@ def tau_panel(axis: Axes) -> None:
     axis.set(xlabel="τ", xscale="log")
     axis.set_xticks(TAUS, map(str, TAUS))
     axis.minorticks_off()
-
-def capacity_panel(axis: Axes) -> None:
-    places = {}
-    for name in ("SFT", "DisCorD"):
-        places[name] = [(World(skip=skip), name) for skip in SKIPS]
-    curves(axis, "When does it help?", SKIPS, capacity_runs(), places)
-    axis.set(xlabel="how readily the teacher skips a value", xticks=SKIPS)
 
 def far_panel(axis: Axes) -> None:
     places = {}
@@ -522,13 +515,12 @@ def figures() -> None:
     plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
                           "axes.spines.top": False, "axes.spines.right": False})
     draw_result()
-    figure, axes = plot.subplots(2, 3, figsize=(19, 12), layout="constrained")
-    panels = (rates_panel, tau_panel, shares_panel, capacity_panel, far_panel)
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    figure, axes = plot.subplots(2, 2, figsize=(14, 12), layout="constrained")
+    panels = (rates_panel, tau_panel, shares_panel, far_panel)
+    for axis, panel in zip(axes.flat, panels, strict=True):
         panel(axis)
         axis.legend(fontsize=12, loc="upper center", ncols=2,
                     bbox_to_anchor=(0.5, -0.13))
-    axes.flat[-1].axis("off")
     figure.savefig(FIGURES / "study.png")
 
 PARTS = {
