@@ -377,10 +377,8 @@ def shares() -> None:
 SFT = (("sft --lr 3e-2 --steps 800", "discord"),)
 DISCORD = (("discord --lr 1e-3 --steps 800", "discord"),)
 TAUS = 0.3, 0.5, 0.7, 1.0, 2.0
-SKIPS = 0.2, 0.6, 0.9
 ACCURACY = "greedy", "sampled"
 LOG = "weight", "ess", "first", "worst", "last"  # first line's; unweighted losses
-LESSONS = 25, 100, 300
 
 def sft_first(steps: int, lr: float) -> Stages:
     return ((f"sft --lr {lr:g} --steps {steps}", "discord"),
@@ -406,7 +404,7 @@ def prefix_runs() -> list[Run]:
 
 def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
-    worlds = [World(skip=skip) for skip in SKIPS]
+    worlds = [World(skip=skip) for skip in (0.2, 0.6, 0.9)]
     worlds.append(World(times=0.0))
     return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 5)
 
@@ -424,49 +422,23 @@ def far_runs() -> list[Run]:
     for change in ("--lr 1e-2", "--tau 2"):
         stages[f"DisCorD {change}"] = ((f"discord --lr 1e-3 --steps 800 {change}", "discord"),)
     stages["SFT 400, then DisCorD"] = sft_first(400, 3e-2)
-    worlds = [World(lessons=n) for n in LESSONS]
+    worlds = [World(lessons=n) for n in (25, 100, 300)]
     worlds.append(World(cut=True))
     return runs_in(worlds, stages, 3)
 
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
-          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2", "SFT 400, then DisCorD": "0.1"}
+          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
 FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
 
-def curves(axis: Axes, title: str, x: tuple, runs: list[Run], places: dict) -> None:
-    """Sampled accuracy, with intervals. places: {name: [world and label of each point]}."""
-    found = do_all(runs)
-    for name, line in places.items():
-        points = [found[place]["sampled"] for place in line]
-        middle = np.mean(points, axis=1)
-        axis.plot(x, middle, marker="o", color=COLORS[name], label=name)
-        if len(points[0]) > 2:
-            half = np.array([half_interval(values) for values in points])
-            low, high = middle - half, middle + half
-            axis.fill_between(x, low, high, alpha=0.15, color=COLORS[name])
-    axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy")
-
-def rates_panel(axis: Axes) -> None:
-    places = {}
+def rates_panel(axis: Axes, world: World, title: str) -> None:
+    found = do_all(rate_runs(world))
     for name in METHODS:
-        places[name] = [(TOY, f"{name} {lr:g}") for lr in RATES]
-    curves(axis, "Which learning rate? (two seeds)", RATES, rate_runs(TOY), places)
+        points = [np.mean(found[world, f"{name} {lr:g}"]["sampled"]) for lr in RATES]
+        axis.plot(RATES, points, marker="o", color=COLORS[name], label=name)
+    axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy, two seeds")
     axis.set(xlabel="learning rate", xscale="log")
-
-def tau_panel(axis: Axes) -> None:
-    places = {"DisCorD": [(TOY, f"tau {tau:g}") for tau in TAUS]}
-    curves(axis, "Which τ?", TAUS, tau_runs(), places)
-    axis.set(xlabel="τ", xscale="log")
-    axis.set_xticks(TAUS, map(str, TAUS))
-    axis.minorticks_off()
-
-def far_panel(axis: Axes) -> None:
-    places = {}
-    for name in ("SFT", "DisCorD", "SFT 400, then DisCorD"):
-        places[name] = [(World(lessons=n), name) for n in LESSONS]
-    curves(axis, "A student far away (three seeds)", LESSONS, far_runs(), places)
-    axis.set(xlabel="the student's lessons before", xticks=LESSONS)
 
 def shares_panel(axis: Axes) -> None:
     axis.set(title="A softmax table (dotted: teacher)", xlim=(-0.03, 1.03))
@@ -511,16 +483,17 @@ def draw_result() -> None:
     figure.savefig(FIGURES / "result.png")
 
 def figures() -> None:
-    """tests/figures/result.png from main, tests/figures/study.png from the other parts."""
+    """tests/figures/result.png from main, tests/figures/study.png from rates and shares."""
     plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
                           "axes.spines.top": False, "axes.spines.right": False})
     draw_result()
-    figure, axes = plot.subplots(2, 2, figsize=(14, 12), layout="constrained")
-    panels = (rates_panel, tau_panel, shares_panel, far_panel)
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        panel(axis)
-        axis.legend(fontsize=12, loc="upper center", ncols=2,
-                    bbox_to_anchor=(0.5, -0.13))
+    figure, axes = plot.subplots(1, 3, figsize=(20, 7), layout="constrained")
+    toy, four_ways, table = axes
+    rates_panel(toy, TOY, "The toy")
+    rates_panel(four_ways, FOUR_WAYS, "Four ways")
+    shares_panel(table)
+    for axis in axes:
+        axis.legend(fontsize=12, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.13))
     figure.savefig(FIGURES / "study.png")
 
 PARTS = {
