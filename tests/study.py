@@ -323,7 +323,7 @@ def main_runs(world: World) -> list[Run]:
         runs += [method_run(world, name, lr, seed) for seed in range(5)]
     return runs
 
-def times(rounds: int = 5) -> None:
+def times(rounds: int = 3) -> None:
     """Every method in turn, on one core; its time over SFT's in the same round."""
     ratios: dict[str, list[float]] = {name: [] for name in METHODS}
     for i in range(rounds):
