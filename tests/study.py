@@ -1,27 +1,27 @@
-"""Does the correction work, when does it hurt? python tests/study.py [PART...]
+"""What helps, when does it hurt, what does the teacher's number add? python tests/study.py [PART]
 
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, tau, probe, spelling, length, capacity, ahead, dead, figures.
+two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures.
 """
 
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import random
-import shutil
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import reduce
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import matplotlib.pyplot as plot
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,623 +31,484 @@ import loss
 import train
 
 ROOT = Path("runs/study")
-COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 100 --device cpu --resume"
-ANSWER = "--batch-size 500 --device cpu --resume"
-STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # 97.5 %, by the number of seeds
+COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
+ANSWER = "--batch-size 500 --max-new-tokens 18 --device cpu --resume"
+STUDENT_T = {2: 12.71, 3: 4.303, 5: 2.776}  # 97.5 %, by the number of seeds
+WAYS = "=:~>"  # four right ways to write a value: b=6 b:6 b~6 b>6
+TEACHER_SHARES = 0.4, 0.3, 0.2, 0.1
+STUDENT_SHARES = 0.7, 0.1, 0.1, 0.1
 
+# ---- Weights in place of loss.discord_weight. They get log q(y), log p(y) and tau.
+def dft(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
+    """The student's own probability (arXiv 2508.05629)."""
+    return q_logp.detach().exp()
+
+def clipped_ratio(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
+    """min(1, q / p)."""
+    log_ratio = q_logp.detach() - p_logp
+    return log_ratio.clamp(max=0).exp()
+
+WEIGHTS: dict[str, Callable] = {
+    "discord": loss.discord_weight,
+    "dft": dft,
+    "clipped": clipped_ratio,
+}
 
 # ---- Worlds
-
-
 @dataclass(frozen=True)
 class World:
     """What may differ from the toy of train.py, which is World()."""
-
-    steps: int = 6  # operations of a problem
-    spelling: str = "joint"  # of a value: "b=6"; choice-first: "b 6"; value-first: "6 b"
+    ways: bool = False  # each value is written in one of four ways
     skip: float = 0.6  # how readily the teacher skips a value
     times: float = 0.1  # share of multiplications in the student's own lessons; 1/3 in problems
     lessons: int = 300  # training steps of the student before it meets the teacher
     marked: float = 1.0  # share of the student's lessons that end in "#### answer"
-    layers: int = 1  # of the student, of width 48; the teacher has two of width 96
+    cut: bool = False  # the student is the teacher without its second layer
 
     def folder(self, *only: str) -> Path:
         """A name of what differs (in these fields)."""
-        parts = [f"{one.name}={getattr(self, one.name)}" for one in fields(self)
-                 if (one.name in only or not only) and getattr(self, one.name) != one.default]
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if (field.name in only or not only) and value != field.default:
+                parts.append(f"{field.name}={value}")
         return ROOT / (",".join(parts) or "toy")
 
     @property
     def teacher(self) -> Path:
-        return self.folder("steps", "spelling", "skip") / "teacher"
+        return self.folder("ways", "skip") / "teacher"
 
     def home(self, seed: int) -> Path:
         return self.folder() / f"seed{seed}"
 
-    def records(self, file: Path, count: int, times: float = 1 / 3, skip: float = 0.0,
-                marked: float = 1.0) -> None:
-        """Write problems with their traces by the rule, in this world's spelling."""
+    def write_problems(self, file: Path, count: int, times: float = 1 / 3, skip: float = 0.0,
+                       marked: float = 1.0, shares: tuple = TEACHER_SHARES) -> None:
+        """Write problems with their traces by the rule."""
         if file.exists():
             return
-        rng, found = random.Random(str(file.relative_to(ROOT))), []
+        rng = random.Random(str(file.relative_to(ROOT)))
+        records = []
         for i in range(count):
             record = data.toy_trace(rng, times, skip)
-            *values, _, answer = record["response"].split()
-            if self.spelling != "joint":
-                order = 1 if self.spelling == "choice-first" else -1
-                values = [" ".join(value.split("=")[::order]) for value in values]
-            values += [f"#### {answer}"] * (rng.random() < marked)
-            found.append({"id": i, **record, "response": " ".join(values)})
-        data.write_jsonl(file, found)
+            *words, _, answer = record["response"].split()
+            if self.ways:
+                chosen = rng.choices(WAYS, shares, k=len(words))
+                for place, way in enumerate(chosen):
+                    words[place] = words[place].replace("=", way)
+            if rng.random() < marked:
+                words += ["####", answer]
+            records.append({"id": i, **record, "response": " ".join(words)})
+        data.write_jsonl(file, records)
 
-    def model(self, folder: Path, layers: int, width: int, seed: int) -> None:
-        if (folder / "config.json").exists():
-            return
-        data.save_toy_tokenizer = self.tokenizer
-        data.save_toy_model(folder, layers, width, seed)
-
-    def tokenizer(self, folder: Path, save: Callable = data.save_toy_tokenizer) -> int:
-        """The toy's, with a word for each step where the spelling needs one."""
-        size, file = save(folder), folder / "tokenizer.json"
+    def save_tokenizer(self, folder: Path, save: Callable = data.save_toy_tokenizer) -> int:
+        """The toy's, with a token for each way to write a value."""
+        size = save(folder)
+        file = folder / "tokenizer.json"
         raw = json.loads(file.read_text())
-        letters = "" if self.spelling == "joint" else data.LETTERS
-        raw["model"]["vocab"] |= {letter: size + i for i, letter in enumerate(letters)}
+        for way in WAYS[1:] if self.ways else "":
+            for letter in data.LETTERS:
+                for digit in range(10):
+                    raw["model"]["vocab"][f"{letter}{way}{digit}"] = size
+                    size += 1
         file.write_text(json.dumps(raw))
-        return size + len(letters)
+        return size
 
-    @property
-    def longest(self) -> int:
-        return 2 * self.steps + 6
+    def save_model(self, folder: Path, layers: int, width: int, seed: int) -> None:
+        data.save_toy_tokenizer = self.save_tokenizer
+        data.save_toy_model(folder, layers, width, seed)
 
     def prepare_teacher(self) -> None:
         home = self.teacher.parent
-        self.model(home / "blank-teacher", 2, 96, 0)
-        self.records(home / "lessons.jsonl", 30000, skip=self.skip)
-        self.records(home / "held-out.jsonl", 1000)
-        self.records(home / "validation.jsonl", 500)
-        steps = 2000 if self.spelling == "joint" else 6000
+        self.save_model(home / "blank-teacher", 2, 96, 0)
+        self.write_problems(home / "lessons.jsonl", 30000, skip=self.skip)
+        self.write_problems(home / "held-out.jsonl", 1000)
+        self.write_problems(home / "validation.jsonl", 500)
+        steps = 4500 if self.ways else 2000
         fit(home / "blank-teacher", home / "lessons.jsonl", self.teacher,
             f"--objective sft --steps {steps} --lr 5e-3")
-        accuracies(self, self.teacher)
 
     def prepare_student(self, seed: int) -> None:
         home = self.home(seed)
-        self.model(home / "blank-student", self.layers, 48, seed + 1)
-        self.records(home / "lessons.jsonl", 8000, times=self.times, marked=self.marked)
-        self.records(home / "problems.jsonl", 4000)
-        fit(home / "blank-student", home / "lessons.jsonl", home / "student",
-            f"--objective sft --steps {self.lessons} --lr 5e-3")
-        evaluate.main([*f"accuracy --model {self.teacher} --benchmark {home}/problems.jsonl --seed "
-                       f"{seed} --temperature 1 --max-new-tokens {self.longest} --out "
-                       f"{home}/traces.jsonl".split(), *ANSWER.split()])
-        accuracies(self, home / "student")
-
+        self.write_problems(home / "problems.jsonl", 4000)
+        self.write_problems(home / "lessons.jsonl", 8000, self.times, marked=self.marked,
+                            shares=STUDENT_SHARES)
+        if self.cut:
+            model, _ = data.load(self.teacher)
+            del model.model.layers[1:]
+            model.config.raw["num_hidden_layers"] = 1
+            model.save_pretrained(home / "student")
+        else:
+            self.save_model(home / "blank-student", 1, 48, seed + 1)
+            fit(home / "blank-student", home / "lessons.jsonl", home / "student",
+                f"--objective sft --steps {self.lessons} --lr 5e-3")
+        answer(self.teacher, home / "problems.jsonl", home / "traces.jsonl",
+               f"--temperature 1 --seed {seed}")
 
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
-    return train.train(train.parse_args([
-        "--student", str(student), "--traces", str(traces), "--out", str(out), *COMMON.split(),
-        *options.split()]))
+    command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
+    return train.train(train.parse_args(command.split()))
 
+def answer(model: Path, problems: Path, out: Path, options: str) -> list[dict]:
+    command = f"accuracy --model {model} --benchmark {problems} --out {out} {ANSWER} {options}"
+    evaluate.main(command.split())
+    return evaluate.read_answers(out)
 
-def accuracies(world: World, model: Path, problems: str = "held-out") -> dict[str, float]:
-    """Greedy and sampled once at T = 1, on problems that nobody has seen."""
+def shares_of_ways(records: list[dict]) -> np.ndarray:
+    counts = Counter()
+    for record in records:
+        counts.update(record["response"])
+    shares = np.array([counts[way] + 1 for way in WAYS])  # none is 0, so the KL is finite
+    return shares / shares.sum()
+
+def measure(world: World, model: Path, problems: str = "held-out", samples: int = 1,
+            ) -> dict:
+    """Greedy accuracy, and that of samples at T = 1, on problems that nobody has seen; the KL
+    of the teacher's shares of the four ways to those in the samples."""
     found = {}
-    for name, temperature in (("greedy", 0), ("sampled", 1)):
-        out = model / f"{problems}-{name}.jsonl"
-        evaluate.main([*f"accuracy --model {model} --benchmark {world.teacher.parent}/"
-                       f"{problems}.jsonl --temperature {temperature} --max-new-tokens "
-                       f"{world.longest} --out {out}".split(), *ANSWER.split()])
-        records = evaluate.read_answers(out)
-        found |= {name: evaluate.summarize(records)["accuracy"],
-                  "length": evaluate.summarize(records)["mean_tokens"],
-                  "marker": np.mean(["####" in record["response"] for record in records])}
-    return {key: round(float(value), 4) for key, value in found.items()}
-
+    file = world.teacher.parent / f"{problems}.jsonl"
+    for name, options in (("greedy", "--temperature 0"),
+                          ("sampled", f"--temperature 1 --samples {samples}")):
+        out = model / f"{problems}-{name}-{samples}.jsonl"
+        records = answer(model, file, out, options)
+        summary = evaluate.summarize(records)
+        found[name] = float(summary["accuracy"])
+    shares = shares_of_ways(records)
+    kl = TEACHER_SHARES @ np.log(TEACHER_SHARES / shares)
+    found["shares"] = shares.tolist()
+    found["kl"] = float(kl)
+    found["pass"] = float(summary["pass"])
+    found["tokens"] = float(summary["mean_tokens"])
+    marked = ["####" in record["response"] for record in records]
+    found["marker"] = float(np.mean(marked))
+    return found
 
 # ---- Runs
-
+Stages = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Run:
-    """A student's training in one or several stages, each (options of train.py, changes below).
-    A stage continues from the one before; with a probe, from the student again."""
-
+    """A student's training in stages: options of train.py and a key of WEIGHTS. Without a
+    stage, the student before."""
     world: World
     seed: int
     label: str
-    stages: tuple
-    measured: bool = False  # on validation problems, and its exposure bias
-
-    @property
-    def folder(self) -> Path:
-        return self.world.home(self.seed) / self.label.replace(" ", "_")
+    stages: Stages = ()
+    problems: str = "held-out"
+    samples: int = 1
 
     def do(self) -> dict:
-        out = self.folder / "row.json"
-        if out.exists():
-            return json.loads(out.read_text())
         home = self.world.home(self.seed)
-        model, row = home / "student", {"seconds": 0.0}
-        for i, (options, changes) in enumerate(self.stages):
-            weight = dict(changes)
-            if "probe" in weight:
-                weight["probe"], model = model, home / "student"
-            changed(home / "traces.jsonl", **weight)
-            if loss.split_name(options.split()[0])[0] != "sft":
+        model, row = home / "student", {}
+        for i, (options, weight) in enumerate(self.stages):
+            loss.discord_weight = WEIGHTS[weight]
+            if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
-            run = fit(model, home / "traces.jsonl", self.folder / str(i),
-                      f"--seed {self.seed} --objective {options}")
-            model, row["seconds"] = self.folder / str(i), row["seconds"] + run["seconds"]
-            *_, (_, line) = data.read_jsonl(model / "log.jsonl")
-            row |= {"gb": round(line["gb"], 3), "weight": round(line["weight"], 3)}
-        row |= accuracies(self.world, model)
-        if self.measured:
-            valid = accuracies(self.world, model, "validation")
-            row["valid"] = (valid["greedy"] + valid["sampled"]) / 2
-            curve = self.folder / "curve.jsonl"
-            evaluate.main(f"exposure --teacher {self.world.teacher} --student {model} --benchmark "
-                          f"{self.world.teacher.parent}/held-out.jsonl --limit 200 --device cpu "
-                          f"--max-new-tokens 12 --batch-size 400 --out {curve}".split())
-            *_, (_, found) = itertools.islice(data.read_jsonl(curve), 7)  # or at the last length
-            row |= {"excess": found["excess"], "epsilon": found["epsilon"]}
-        data.write_jsonl(out, [row])
-        return row
-
-
-def changed(traces: Path, gamma: float = 0.0, floor: float = 0.0, probe: Path | None = None,
-            ) -> None:
-    """Put another weight (none of these is in the paper) in the place of loss.discord_weight, for
-    this process: look-ahead r_t <- sum over k >= t of gamma^(k-t) r_k within the response; a least
-    weight; the larger of the student's and a probe's log q(y) as the support."""
-    loss.discord_weight, train.backward = WEIGHT, BACKWARD
-    if not gamma and not floor and probe is None:
-        return
-    train.CHUNK["cpu"] = 10 ** 9  # a micro-batch at a time, since responses are whole
-    now, known = [], {}
-    if probe is not None:
-        model, tokenizer = data.load(probe)
-        examples, _ = data.load_traces(traces, tokenizer, 64)
-        keys = [example.tokens[:-1].astype(np.int64).tobytes() for example in examples]
-        known = dict(zip(keys, map(torch.from_numpy, data.response_logp(model, examples, 500)),
-                         strict=True))
-
-    def traces_of(batch):
-        """The bytes of each trace's tokens but the last, which a batch does not have."""
-        rows, columns = np.divmod(batch.positions.numpy(), batch.tokens.shape[1])
-        ends = dict(zip(rows.tolist(), (columns + 1).tolist(), strict=True))  # the last one counts
-        return [batch.tokens[row, :end].numpy().tobytes() for row, end in ends.items()]
-
-    def backward(student, batch, *more):
-        now[:] = [batch]
-        return BACKWARD(student, batch, *more)
-
-    def weight(q_logp, p_logp, tau):
-        support = q_logp.detach()
-        if known:
-            support = support.maximum(torch.cat([known[key] for key in traces_of(now[0])]))
-        r, positions = (support - p_logp).tolist(), now[0].positions.tolist()
-        for t in range(len(r) - 2, -1, -1):
-            if positions[t + 1] == positions[t] + 1:  # of one response
-                r[t] += gamma * r[t + 1]
-        r = torch.tensor(r)
-        return WEIGHT(r, torch.zeros_like(r), tau).clamp(min=floor)
-
-    loss.discord_weight, train.backward = weight, backward
-
-
-WEIGHT, BACKWARD = loss.discord_weight, train.backward
-
+            folder = home / self.label.replace(" ", "-") / f"{i}"
+            run = fit(model, home / "traces.jsonl", folder,
+                      f"--seed {self.seed} --objective {options.format(home=home)}")
+            lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
+            losses = [line["unweighted"] for line in lines]
+            row = {
+                "weight": lines[0]["weight"],
+                "ess": lines[0]["ess"],
+                "first": losses[0],
+                "worst": max(losses),
+                "last": losses[-1],
+                "seconds": run["seconds"],
+            }
+            model = folder
+        return row | measure(self.world, model, self.problems, self.samples)
 
 def work(job: tuple) -> object:
     """In a process of its own: one thread, and nothing printed but errors."""
     torch.set_num_threads(1)
-    function, world, *rest = job
-    data.LETTERS = "abcdefghijkl"[:world.steps]
+    function, *arguments = job
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return function(*rest)
+        return function(*arguments)
 
-
-def all_of(runs: list[Run]) -> dict[Run, dict]:
-    """Their rows, after what they need has been made."""
-    worlds = {run.world: None for run in runs}
-    teachers = {world.teacher: world for world in worlds}
-    students = dict.fromkeys((run.world, run.seed) for run in runs)
-    stages = [(World.prepare_teacher, w, w) for w in teachers.values()], [
-        (World.prepare_student, w, w, seed) for w, seed in students], [
-        (Run.do, run.world, run) for run in runs]
-    rows: list = []
+Columns = dict[str, list]  # {metric: [its value for each seed]}
+def do_all(runs: list[Run]) -> dict[tuple[World, str], Columns]:
+    """Results by world and label, after what the runs need has been made."""
+    teachers, students = {}, {}
+    for run in runs:
+        teachers[run.world.teacher] = (World.prepare_teacher, run.world)
+        students[run.world, run.seed] = (World.prepare_student, run.world, run.seed)
+    stages = {
+        "teachers": list(teachers.values()),
+        "students": list(students.values()),
+        "runs": [(Run.do, run) for run in runs],
+    }
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("fork").Pool(cores, maxtasksperchild=1) as pool:
-        for name, jobs in zip(("teachers", "students", "runs"), stages, strict=True):
-            rows = list(tqdm(pool.imap(work, jobs, chunksize=1), name, len(jobs)))
-    return dict(zip(runs, rows, strict=True))
-
+        for name, jobs in stages.items():
+            rows = list(tqdm(pool.imap(work, jobs), name, len(jobs)))
+    found: dict[tuple[World, str], Columns] = {}
+    for run, row in zip(runs, rows, strict=True):
+        column = found.setdefault((run.world, run.label), {})
+        for key, value in row.items():
+            column.setdefault(key, []).append(value)
+    return found
 
 # ---- Tables
-
-
 def half_interval(values: list[float]) -> float:
     """Half of the 95 % interval of a mean over seeds (Student's t)."""
-    return STUDENT_T[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+    n = len(values)
+    return STUDENT_T[n] * np.std(values, ddof=1) / np.sqrt(n)
 
+def mean(values: list[float]) -> str:
+    if len(values) == 2:
+        return f"{np.mean(values):.3f}"
+    return f"{np.mean(values):.3f} ± {half_interval(values):.3f}"
 
-def mean(values: list[float], digits: int = 3) -> str:
-    return f"{np.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    rule = ["---"] * len(head)
+    for row in (head, rule, *rows):
+        cells = " | ".join(row)
+        print(f"| {cells} |")
 
+def show(runs: list[Run], *keys: str) -> None:
+    """A table for each world, a line for each label."""
+    tables: dict[World, list] = {}
+    for (world, label), column in do_all(runs).items():
+        cells = [mean(column[key]) if key in column else "" for key in keys]
+        tables.setdefault(world, []).append([label, *cells])
+    for world, rows in tables.items():
+        print(f"\n{world.folder().name}\n")
+        print_table(["", *keys], rows)
 
-def table(head: list[str], rows: list[list]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print("|", " | ".join(map(str, row)), "|")
+# ---- main, rates, times: which objective?
+TOY = World()
+FOUR_WAYS = World(ways=True, lessons=600)  # so that the student is as good as in the toy
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
+METHODS = {  # name: (options, weight)
+    "SFT": ("sft", "discord"),
+    "KL": ("kl", "discord"),
+    "reverse KL": ("rkl", "discord"),
+    "DFT": ("discord", "dft"),
+    "DisCorD": ("discord", "discord"),
+    "DisCorD, τ = 1": ("discord --tau 1", "discord"),
+}
 
+def method_run(world: World, name: str, lr: float, seed: int, problems: str = "held-out",
+               samples: int = 8) -> Run:
+    options, weight = METHODS[name]
+    stages = ((f"{options} --lr {lr:g} --steps 800", weight),)
+    return Run(world, seed, f"{name} {lr:g}", stages, problems, samples)
 
-def spread(rows: dict[Run, dict], key: str) -> dict[tuple, tuple[float, float]]:
-    """{(world, label): (mean, half of the 95 % interval)}."""
-    found: dict[tuple, list[float]] = {}
-    for run, row in rows.items():
-        found.setdefault((run.world, run.label), []).append(row[key])
-    return {place: (np.mean(v), half_interval(v)) for place, v in found.items()}
+def rate_runs(world: World) -> list[Run]:
+    """Every method at every rate, on the validation problems."""
+    runs = []
+    for name in METHODS:
+        for lr in RATES:
+            runs += [method_run(world, name, lr, seed, "validation", 1) for seed in range(2)]
+    return runs
 
+def best_rates(world: World) -> dict[str, float]:
+    """By the mean of greedy and sampled accuracy over two seeds."""
+    found = do_all(rate_runs(world))
+    best = {}
+    for name in METHODS:
+        scores = {}
+        for lr in RATES:
+            column = found[world, f"{name} {lr:g}"]
+            scores[lr] = np.mean(column["greedy"] + column["sampled"])
+        best[name] = max(scores, key=scores.get)
+    return best
 
-def show(rows: dict[Run, dict], metrics: tuple = ("greedy", "sampled")) -> None:
-    """Labels down, worlds across, over the seeds."""
-    worlds = dict.fromkeys(run.world for run in rows)
-    for metric in metrics:
-        found = spread(rows, metric)
-        print(f"\n{metric}, mean and 95 % interval over {len({run.seed for run in rows})} seeds\n")
-        table(["", *(world.folder().name for world in worlds)], [
-            [label, *("{:.3f} ± {:.3f}".format(*found[world, label])
-                      if (world, label) in found else "" for world in worlds)]
-            for label in dict.fromkeys(run.label for run in rows)])
+def main_runs(world: World) -> list[Run]:
+    """The student before, then each method at its best rate."""
+    runs = [Run(world, seed, "student before", samples=8) for seed in range(5)]
+    for name, lr in best_rates(world).items():
+        runs += [method_run(world, name, lr, seed) for seed in range(5)]
+    return runs
 
+def times(rounds: int = 3) -> None:
+    """Every method in turn, on one core; its time over SFT's in the same round."""
+    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
+    for i in range(rounds):
+        for name, (options, weight) in METHODS.items():
+            stages = ((f"{options} --steps 200", weight),)
+            run = Run(TOY, 0, f"{name}, round {i}", stages, "validation")
+            seconds = work((Run.do, run))["seconds"]
+            if name == "SFT":
+                of_sft = seconds
+            ratios[name].append(seconds / of_sft)
+    rows = [[name, mean(column)] for name, column in ratios.items()]
+    print_table(["", "time / SFT's"], rows)
 
-def once(objective: str, changes: dict | None = None, lr: float = 1e-3, steps: int = 800,
-         more: str = "") -> tuple:
-    return (f"{objective} --lr {lr:g} --steps {steps} {more}".strip(),
-            tuple((changes or {}).items()))
+# ---- shares: a softmax table, where each weight leads
+TABLE_TEACHER = 0.5, 0.3, 0.2
+STARTS = [
+    (0.4, 0.35, 0.25),
+    (0.2, 0.3, 0.5),
+    (0.9, 0.09, 0.01),
+    (0.01, 0.09, 0.9),
+]
+TABLE_WEIGHTS = {  # name: (weight, tau)
+    "DisCorD, τ = 0.5": ("discord", 0.5),
+    "DisCorD, τ = 0.7": ("discord", 0.7),
+    "DisCorD, τ = 1": ("discord", 1.0),
+    "min(1, q/p)": ("clipped", 1.0),
+    "DFT": ("dft", 1.0),
+}
 
-
-# ---- Parts
-
-RATES = 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
-MORE_RATES = *RATES, 1e-1
-OBJECTIVES = {  # name in the table: (objective, options, the teacher's part while training)
-    "sft": ("sft", "", "none"), "kl": ("kl", "", "whole model"), "rkl": ("rkl", "", "whole model"),
-    "todi": ("todi", "", "whole model"), "gkd": ("gkd", "", "whole model"),
-    "gkd, half on-policy": ("gkd", "--on-policy 0.5", "whole model"),
-    "discord": ("discord", "", "a number a token"), "discord-kl": ("discord-kl", "", "whole model"),
-    "discord-todi": ("discord-todi", "", "whole model"),
-    "discord-gkd": ("discord-gkd", "", "whole model")}
-
-
-Methods = dict[str, Callable[[float], tuple]]  # the stages, for a learning rate
-
-
-def at_rate(world: World, name: str, method: Callable, lr: float, seeds: range) -> list[Run]:
-    label = f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}"
-    return [Run(world, seed, label, method(lr), measured=True) for seed in seeds]
-
-
-def at_rates(world: World, methods: Methods, rates: tuple, seeds: range) -> dict[str, dict]:
-    """{method: {learning rate: [a row for each seed]}}"""
-    runs = {name: {lr: at_rate(world, name, method, lr, seeds) for lr in rates}
-            for name, method in methods.items()}
-    rows = all_of([run for found in runs.values() for some in found.values() for run in some])
-    return {name: {lr: [rows[run] for run in some] for lr, some in found.items()}
-            for name, found in runs.items()}
-
-
-def best_rates(world: World, methods: Methods, rates: tuple, trial: range,
-               ) -> dict[str, dict[str, list]]:
-    """{method: {column: [a number for each of five seeds]}}, each with the rate that is best on the
-    validation problems (mean of greedy and sampled accuracy over the trial seeds); judged on the
-    held-out ones."""
-    seeds = range(5)
-    best = {name: max(rates, key=lambda lr, found=found: np.mean([r["valid"] for r in found[lr]]))
-            for name, found in at_rates(world, methods, rates, trial).items()}
-    runs = {name: at_rate(world, name, methods[name], lr, seeds) for name, lr in best.items()}
-    rows = all_of(list(itertools.chain(*runs.values())))
-    with contextlib.redirect_stdout(sys.stderr):
-        before = [accuracies(world, world.home(seed) / "student") for seed in seeds]
-    columns = {"student before": {key: [one[key] for one in before] for key in before[0]}}
-    for name, some in runs.items():
-        columns[name] = {key: [rows[run][key] for run in some] for key in rows[some[0]]} | {
-            "lr": [best[name]]}
-    return columns
-
-
-MAIN: Methods = {name: lambda lr, objective=objective, more=more: (
-    once(objective, lr=lr, more=more),) for name, (objective, more, _) in OBJECTIVES.items()}
-
-
-def rates_table() -> None:
-    of_rates = at_rates(World(), MAIN, MORE_RATES, range(2))
-    for key in ("greedy", "sampled"):
-        print(f"\n{key}, mean of two seeds\n")
-        table(["", *MORE_RATES], [[name, *(f"{np.mean([row[key] for row in rows]):.3f}"
-                                           for rows in found.values())]
-                                  for name, found in of_rates.items()])
-
-
-def main_rows() -> dict[str, dict[str, list]]:
-    return best_rates(World(), MAIN, RATES, range(2))
-
-
-def main_table() -> None:
-    rows, lines = main_rows(), []
-    for name, column in rows.items():
-        paired = {key: mean(list(np.subtract(column[key], rows["sft"][key])))
-                  for key in ("greedy", "sampled")} if name != "sft" else dict.fromkeys(column, "")
-        cells = ["", "", mean(column["length"], 1), "", "", ""]
-        if name in OBJECTIVES:
-            cells = [f"{column['lr'][0]:g}",
-                     f"{mean(column['excess'], 0)} % of {np.mean(column['epsilon']):.1f}",
-                     mean(column["length"], 1), f"{np.median(column['seconds']):.0f}",
-                     f"{np.median(column['gb']):.2f}", OBJECTIVES[name][2]]
-        lines.append([name, cells[0], mean(column["greedy"]), paired["greedy"],
-                      mean(column["sampled"]), paired["sampled"], *cells[1:]])
-    table(["objective", "lr", "greedy", "− sft", "sampled, T = 1", "− sft", "ExAccErr(7) of ε",
-           "tokens", "seconds", "GB", "teacher while training"], lines)
-
-
-CHOICE_FIRST = World(spelling="choice-first", lessons=800)  # two tokens a value: longer lessons
-VALUE_FIRST = replace(CHOICE_FIRST, spelling="value-first")
-LONGER = replace(CHOICE_FIRST, steps=9)
-TAUS = 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.5, 2.0, 4.0
-
-
-def tau_runs(seeds: range = range(5)) -> list[Run]:
-    return [Run(World(), seed, f"discord {tau:g}", (once("discord", more=f"--tau {tau}"),))
-            for tau in TAUS for seed in seeds]
-
-
-def tabular(tau: float, start: list[float], rounds: int = 20000) -> list[float]:
-    """Where DisCorD leads a softmax table whose teacher is (.5, .3, .2): its expected gradient."""
-    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
-    logits = torch.tensor(start, dtype=torch.double).log()
+def softmax_table(name: str, rounds: int = 20000) -> list[list[float]]:
+    """Where gradient descent on the expected loss leads a student from each of STARTS."""
+    weight, tau = TABLE_WEIGHTS[name]
+    p = torch.tensor([TABLE_TEACHER] * len(STARTS), dtype=torch.double)
+    logits = torch.tensor(STARTS, dtype=torch.double).log()
     for _ in range(rounds):
         q = logits.softmax(-1)
-        push = p * loss.discord_weight(q.log(), p.log(), tau).double()
-        logits += 0.5 * (push - push.sum() * q)
+        w = WEIGHTS[weight](q.log(), p.log(), tau)
+        push = p * w
+        logits += 0.5 * (push - push.sum(-1, keepdim=True) * q)
     return logits.softmax(-1).tolist()
 
+def shares() -> None:
+    lines = []
+    for name in TABLE_WEIGHTS:
+        ends = softmax_table(name)
+        cells = [" ".join(f"{share:.3f}" for share in end) for end in ends]
+        lines.append([name, *cells])
+    print_table(["from", *map(str, STARTS)], lines)
 
-def tau_table() -> None:
-    show(all_of(tau_runs()))
-    print("\nthe table (.5, .3, .2), from (.4, .35, .25) and from (.9, .09, .01)\n")
-    table(["tau", "from the first", "from the second"], [
-        [tau, *("(" + ", ".join(f"{x:.3f}" for x in tabular(tau, start)) + ")"
-                for start in ([0.4, 0.35, 0.25], [0.9, 0.09, 0.01]))] for tau in TAUS])
+# ---- tau, capacity, dead, far
+SFT = (("sft --lr 3e-2 --steps 800", "discord"),)
+DISCORD = (("discord --lr 1e-3 --steps 800", "discord"),)
+TAUS = 0.3, 0.5, 0.7, 1.0, 2.0
+ACCURACY = "greedy", "sampled"
+LOG = "weight", "ess", "first", "worst", "last"  # first line's; unweighted losses
 
+def sft_first(steps: int, lr: float) -> Stages:
+    return ((f"sft --lr {lr:g} --steps {steps}", "discord"),
+            (f"discord --lr 1e-3 --steps {800 - steps}", "discord"))
 
-# All at 0.001 but for the second: the best rates of DisCorD and of SFT in the main table.
-PLAIN = {"sft": once("sft"), "sft, 0.03": once("sft", lr=3e-2), "rkl": once("rkl"), **{
-    f"discord {tau:g}": once("discord", more=f"--tau {tau}") for tau in (1.0, 0.7, 0.5)}}
-FEW = {key: PLAIN[key] for key in ("sft", "sft, 0.03", "discord 0.7")}
+def runs_in(worlds: list[World], stages: dict[str, Stages], seeds: int) -> list[Run]:
+    runs = []
+    for world in worlds:
+        for label, some in {"student before": (), **stages}.items():
+            runs += [Run(world, seed, label, some) for seed in range(seeds)]
+    return runs
 
+def tau_runs() -> list[Run]:
+    stages = {}
+    for tau in TAUS:
+        stages[f"tau {tau:g}"] = ((f"discord --lr 1e-3 --steps 800 --tau {tau}", "discord"),)
+    return runs_in([TOY], stages, 5)
 
-def runs_in(worlds: list[World], stages: dict[str, tuple], seeds: range) -> list[Run]:
-    return [Run(world, seed, label, some if isinstance(some[0], tuple) else (some,))
-            for seed in seeds for world in worlds for label, some in stages.items()]
+def prefix_runs() -> list[Run]:
+    """The traces of the problems by the rule: the teacher's four ways, without a skip."""
+    no_skips = (("sft --lr 1e-3 --steps 800 --traces {home}/problems.jsonl", "discord"),)
+    return runs_in([TOY, FOUR_WAYS], {"SFT without skips": no_skips, "DisCorD": DISCORD}, 3)
 
+def capacity_runs() -> list[Run]:
+    """In the last world, the student has never seen a multiplication."""
+    worlds = [World(skip=skip) for skip in (0.2, 0.6, 0.9)]
+    worlds.append(World(times=0.0))
+    return runs_in(worlds, {"SFT": SFT, "DisCorD": DISCORD}, 5)
 
-def spelling_runs(seeds: range = range(5)) -> list[Run]:
-    return runs_in([World(), CHOICE_FIRST, VALUE_FIRST], PLAIN, seeds)
-
-
-def length_runs(seeds: range = range(3)) -> list[Run]:
-    return runs_in([World(steps=n) for n in (3, 6, 12)], FEW, seeds)
-
-
-def capacity_runs(seeds: range = range(5)) -> list[Run]:
-    return runs_in([World(skip=skip, layers=layers) for layers in (1, 2)
-                    for skip in (0.2, 0.6, 0.9)], FEW, seeds)
-
-
-def dead_runs(seeds: range = range(3)) -> list[Run]:
+def dead_runs() -> list[Run]:
     """The student has never ended an answer with ####, as the teacher always does; last: rarely."""
-    stages = FEW | {f"discord, floor {w}": once("discord", {"floor": w}) for w in (0.05, 0.3)} | {
-        f"sft {n}, then discord": (once("sft", steps=n), once("discord", steps=800 - n))
-        for n in (10, 25, 50, 100)}
-    return runs_in([World(marked=0.0)], stages, seeds) + runs_in([World(marked=0.05)], FEW, seeds)
+    stages = {"SFT": SFT, "DisCorD": DISCORD}
+    for steps in (25, 50):
+        stages[f"SFT {steps}, then DisCorD"] = sft_first(steps, 1e-3)
+    rarely = runs_in([World(marked=0.05)], {"DisCorD": DISCORD}, 3)
+    return runs_in([World(marked=0.0)], stages, 3) + rarely
 
-
-def ahead_runs(seeds: range = range(5)) -> list[Run]:
-    """The third world was not used to choose anything."""
-    stages = {"discord 0.7": PLAIN["discord 0.7"], **{
-        f"gamma {g}": once("discord", {"gamma": g}) for g in (0.3, 0.6, 0.9)}}
-    return runs_in([World(), CHOICE_FIRST, LONGER], stages, seeds)
-
-
-def probed(gamma: float) -> Callable[[float], tuple]:
-    return lambda lr: (once("sft", lr=3e-2, steps=500),
-                       once("discord", {"probe": True, "gamma": gamma}, lr=lr, steps=500))
-
-
-PROBE: Methods = {f"{name}, 1000": lambda lr, name=name: (once(name, lr=lr, steps=1000),)
-                  for name in ("sft", "kl", "todi", "rkl", "discord")} | {
-    "probe": probed(0.0), "probe, gamma 0.7": probed(0.7)}
-PROBE_WORLDS = [replace(CHOICE_FIRST, times=0.0), World(times=0.0), LONGER]
-
-
-def probe_rows() -> dict[World, dict[str, dict[str, list]]]:
-    """All methods cost 1000 steps, the probe's own 500 included. gamma and the probe's rate were
-    chosen on seed 0 of the first world; the third one was not used to choose anything."""
-    return {world: best_rates(world, PROBE, RATES[1:], range(1)) for world in PROBE_WORLDS}
-
-
-def probe_table() -> None:
-    for world, columns in probe_rows().items():
-        print(f"\n{world.folder().name}\n")
-        table(["", "lr", "greedy", "sampled"], [
-            [name, *(f"{lr:g}" for lr in column.get("lr", [])), *[""] * ("lr" not in column),
-             mean(column["greedy"]), mean(column["sampled"])] for name, column in columns.items()])
-
+def far_runs() -> list[Run]:
+    """The last student is the teacher's first layer; the others had few lessons."""
+    stages = {"SFT": SFT, "DisCorD": DISCORD}
+    for change in ("--lr 1e-2", "--tau 2"):
+        stages[f"DisCorD {change}"] = ((f"discord --lr 1e-3 --steps 800 {change}", "discord"),)
+    stages["SFT 400, then DisCorD"] = sft_first(400, 3e-2)
+    worlds = [World(lessons=n) for n in (25, 100, 300)]
+    worlds.append(World(cut=True))
+    return runs_in(worlds, stages, 3)
 
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
-
 FIGURES = Path(__file__).parent / "figures"
-COLORS = {"sft": "#e66101", "discord": "#5e3c99", "other": "0.45"}
-LABELS = {"sft, 0.03": COLORS["sft"], "discord 0.7": COLORS["discord"]}
+COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
+          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
+FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
 
+def rates_panel(axis: Axes, world: World, title: str) -> None:
+    found = do_all(rate_runs(world))
+    for name in METHODS:
+        points = [np.mean(found[world, f"{name} {lr:g}"]["sampled"]) for lr in RATES]
+        axis.plot(RATES, points, marker="o", color=COLORS[name], label=name)
+    axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy, two seeds")
+    axis.set(xlabel="learning rate", xscale="log")
 
-def short(world: World) -> str:
-    names = {"spelling=": "", ",lessons=800": "", "times=0.0": "no products", "steps=9": "nine"}
-    return reduce(lambda name, pair: name.replace(*pair), names.items(), world.folder().name)
+def shares_panel(axis: Axes) -> None:
+    axis.set(title="A softmax table (dotted: teacher)", xlim=(-0.03, 1.03))
+    axis.set(xlabel="where the share of the first entry ends")
+    axis.set_yticks(range(len(TABLE_WEIGHTS)), TABLE_WEIGHTS)
+    axis.axvline(TABLE_TEACHER[0], color="0.6", linestyle=":")
+    for i, marker in enumerate("osD^"):
+        ends = [softmax_table(name)[i][0] for name in TABLE_WEIGHTS]
+        heights = np.arange(len(ends)) + 0.12 * (i - 1.5)
+        axis.plot(ends, heights, marker, color=FOUR_COLORS[i], label=f"from {STARTS[i]}")
 
-
-def curve(axis, x: list, points: list[tuple], **how) -> None:
-    middle, half = map(np.array, zip(*points, strict=True))
-    axis.plot(x, middle, marker="o", **how)
-    axis.fill_between(x, middle - half, middle + half, alpha=0.15, color=how.get("color"))
-
-
-def dots(axis, points: dict[tuple, tuple], names: Callable = short, first: int = 0) -> None:
-    """{(world, label): (mean, half interval)}: labels down, a color and a sign for each world."""
-    labels = list(dict.fromkeys(label for _, label in points))
-    for i, world in enumerate(dict.fromkeys(world for world, _ in points), first):
-        middle, half = zip(*(points[world, label] for label in labels), strict=True)
-        axis.errorbar(middle, np.arange(len(labels))[::-1] + (0.5 - i / 3) * 0.4, xerr=half,
-                      marker="osD"[i], linestyle="", capsize=3, label=names(world),
-                      color=("#5e3c99", "#e66101", "0.35")[i])
-    axis.set(yticks=range(len(labels)), xlim=(-0.02, 1.04), xlabel="sampled accuracy")
-    axis.set_yticklabels(labels[::-1], fontsize=12)
+def accuracy_panel(axis: Axes, world: World) -> None:
+    for y, (_, column) in enumerate(do_all(main_runs(world)).items()):
+        color = ["0.45", *COLORS.values()][y]
+        for key, offset, fill in (("greedy", -0.14, color), ("sampled", 0.14, "white")):
+            values = column[key]
+            axis.errorbar(np.mean(values), y + offset, xerr=half_interval(values), marker="o",
+                          markersize=10, capsize=4, color=color, markerfacecolor=fill)
+    axis.set(xlim=(0, 1.02), xlabel="accuracy")
     axis.grid(axis="x", color="0.85")
 
+def ways_panel(axis: Axes) -> None:
+    for y, column in enumerate(do_all(main_runs(FOUR_WAYS)).values()):
+        start = 0.0
+        for share, color in zip(np.mean(column["shares"], axis=0), FOUR_COLORS, strict=True):
+            axis.barh(y, share, left=start, height=0.6, color=color)
+            start += share
+    for line in np.cumsum(TEACHER_SHARES)[:-1]:
+        axis.axvline(line, color="black", linestyle=":")
+    axis.set(title="The student's four ways", xlabel="shares (dotted: the teacher's)")
 
-def over_tau(axis) -> None:
-    axis.axvline(0.5, color="0.6", linestyle=":")
-    axis.set(xscale="log", xlabel="tau (dotted: 1/2)", xticks=(0.3, 0.5, 0.7, 1, 2, 4))
-    axis.set_xticklabels(("0.3", "0.5", "0.7", "1", "2", "4"))
-    axis.minorticks_off()
-
-
-def tau_panel(axis) -> None:
-    for key, style in (("greedy", "-"), ("sampled", "--")):
-        curve(axis, TAUS, list(spread(all_of(tau_runs()), key).values()), linestyle=style,
-              color=COLORS["discord"], label=key)
-    axis.set_ylabel("accuracy")
-    over_tau(axis)
-
-
-def rates_panel(axis) -> None:
-    found = at_rates(World(), MAIN, MORE_RATES, range(2))
-    colors = {**COLORS, "rkl": "0.1", "kl": "0.55"}
-    for name in ("sft", "discord", "kl", "rkl"):
-        axis.plot(MORE_RATES, [np.mean([row["sampled"] for row in rows])
-                               for rows in found[name].values()], marker="o", color=colors[name],
-                  linestyle="--" if name in ("kl", "rkl") else "-", label=name)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="sampled accuracy")
-
-
-def table_panel(axis) -> None:
-    for style, start in (("-", [0.4, 0.35, 0.25]), ("--", [0.9, 0.09, 0.01])):
-        axis.plot(TAUS, [tabular(tau, start)[0] for tau in TAUS], style, marker="o",
-                  color=COLORS["discord"], label=f"from {tuple(start)}")
-    axis.axhline(0.5, color="0.6", linewidth=1)
-    axis.set_ylabel("q of the first entry; the teacher's is .5")
-    over_tau(axis)
-
-
-def length_panel(axis) -> None:
-    points = spread(all_of(length_runs()), "sampled")
-    for label, color in LABELS.items():
-        some = {world.steps: value for (world, one), value in points.items() if one == label}
-        curve(axis, list(some), list(some.values()), color=color, label=label)
-    axis.set(xlabel="operations in a problem", xticks=list(some), ylabel="sampled accuracy")
-
-
-def capacity_panel(axis) -> None:
-    points = spread(all_of(capacity_runs()), "sampled")
-    for (layers, style), (label, color) in itertools.product(
-            ((1, "-"), (2, "--")), LABELS.items()):
-        some = {world.skip: value for (world, one), value in points.items()
-                if one == label and world.layers == layers}
-        curve(axis, list(some), list(some.values()), color=color, linestyle=style,
-              label=f"{label}, {layers} layer" + "s" * (layers > 1))
-    axis.set(xlabel="how readily the teacher merges steps", xticks=list(some),
-             ylabel="sampled accuracy")
-
-
-def dead_panel(axis) -> None:
-    rows = all_of([run for run in dead_runs() if not run.world.marked])
-    dots(axis, spread(rows, "sampled"), lambda world: "sampled accuracy")
-    dots(axis, spread(rows, "marker"), lambda world: "answers with ####", 1)
-
-
-def ahead_panel(axis) -> None:
-    dots(axis, spread(all_of(ahead_runs()), "sampled"))
-
-
-def spelling_panel(axis) -> None:
-    dots(axis, spread(all_of(spelling_runs()), "sampled"), lambda world: world.spelling)
-
-
-def probe_panel(axis) -> None:
-    dots(axis, {(world, name): (np.mean(column["greedy"]), half_interval(column["greedy"]))
-                for world, columns in probe_rows().items() for name, column in columns.items()})
-    axis.set_xlabel("greedy accuracy")
-
-
-PANELS = {"Learning rate (two seeds)": rates_panel, "Temperature": tau_panel,
-          "A softmax table: where it ends": table_panel,
-          "Length": length_panel, "Where it helps, where it hurts": capacity_panel,
-          "What a token decides": spelling_panel,
-          "Dead tokens and cures": dead_panel,
-          "Look-ahead (not in the paper)": ahead_panel,
-          "A probe (not in the paper)": probe_panel}
-
-
-def figures() -> None:
-    """tests/figures/result.png from main, tests/figures/study.png from the other parts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plot
-    plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
-                          "axes.spines.top": False, "axes.spines.right": False})
-    FIGURES.mkdir(exist_ok=True)
-    rows = main_rows()
-    figure, axis = plot.subplots(figsize=(12, 6), layout="constrained")
-    for offset, key, full in ((0.15, "greedy", True), (-0.15, "sampled", False)):
-        for i, (name, values) in enumerate(reversed(rows.items())):
-            color = COLORS.get(name.partition("-")[0], COLORS["other"])
-            axis.errorbar(np.mean(values[key]), i + offset, xerr=half_interval(values[key]),
-                          marker="o", markersize=9, capsize=4, color=color,
-                          markerfacecolor=color if full else "white")
-    axis.set(xlim=(0, 1.02), xlabel="accuracy on unseen problems, mean and 95 % interval over five "
-             "seeds\n(full: greedy; hollow: sampled at T = 1)", yticks=range(len(rows)))
-    axis.set_yticklabels(reversed(rows))
-    axis.grid(axis="x", color="0.85")
+def draw_result() -> None:
+    figure, axes = plot.subplots(1, 3, figsize=(18, 6), layout="constrained", sharey=True)
+    toy, four_ways, ways = axes
+    accuracy_panel(toy, TOY)
+    toy.set(title="The toy (full: greedy; hollow: sampled)")
+    toy.set_yticks(range(1 + len(METHODS)), ["student before", *METHODS])
+    toy.invert_yaxis()
+    accuracy_panel(four_ways, FOUR_WAYS)
+    four_ways.set(title="Each value written in one of four ways")
+    ways_panel(ways)
     figure.savefig(FIGURES / "result.png")
 
-    figure, axes = plot.subplots(3, 3, figsize=(18, 18), layout="constrained")
-    for i, (axis, (title, draw)) in enumerate(zip(axes.flat, PANELS.items(), strict=True)):
-        draw(axis)
-        axis.set_title(title)
-        if i < 5:
-            axis.set_ylim(0, 1.04)
-        axis.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
-                    ncols=2 if i < 7 else 1)
+def figures() -> None:
+    """tests/figures/result.png from main, tests/figures/study.png from rates and shares."""
+    plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
+                          "axes.spines.top": False, "axes.spines.right": False})
+    draw_result()
+    figure, axes = plot.subplots(1, 3, figsize=(20, 7), layout="constrained")
+    toy, four_ways, table = axes
+    rates_panel(toy, TOY, "The toy")
+    rates_panel(four_ways, FOUR_WAYS, "Four ways")
+    shares_panel(table)
+    for axis in axes:
+        axis.legend(fontsize=12, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.13))
     figure.savefig(FIGURES / "study.png")
 
-
-SHOWN = {"spelling": spelling_runs, "length": length_runs, "capacity": capacity_runs,
-         "ahead": ahead_runs}
-PARTS = {"main": main_table, "rates": rates_table, "tau": tau_table, "probe": probe_table,
-         **{name: lambda runs=runs: show(all_of(runs())) for name, runs in SHOWN.items()},
-         "dead": lambda: show(all_of(dead_runs()), ("greedy", "sampled", "marker")),
-         "figures": figures}
-
-
-def commit() -> str:
-    """Which code this is, for reports."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
-    return (git and git.stdout.strip()) or "unknown"
-
+PARTS = {
+    "main": lambda: show(main_runs(TOY) + main_runs(FOUR_WAYS), *ACCURACY, "pass", "kl", "tokens"),
+    "rates": lambda: show(rate_runs(TOY) + rate_runs(FOUR_WAYS), *ACCURACY, "kl"),
+    "times": times,
+    "shares": shares,
+    "tau": lambda: show(tau_runs(), *ACCURACY),
+    "prefixes": lambda: show(prefix_runs(), *ACCURACY, "kl"),
+    "capacity": lambda: show(capacity_runs(), *ACCURACY),
+    "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
+    "far": lambda: show(far_runs(), *ACCURACY, *LOG),
+    "figures": figures,
+}
 
 if __name__ == "__main__":
-    print(f"commit {commit()}, torch {torch.__version__}")
     for part in sys.argv[1:] or PARTS:
         print(f"\n## {part}\n", flush=True)
         PARTS[part]()

@@ -1,52 +1,65 @@
-"""The study's own weights (look-ahead, floor, probe), which its conclusions rest on."""
+"""The study's own weights and measures, which its conclusions rest on."""
 
 import math
 
-import numpy as np
 import pytest
 import study
 import torch
-from conftest import make_hf, options
 
 import data
-import loss
-import train
 from model import Transformer
 
 
-@pytest.mark.parametrize(("gamma", "floor", "probed"), [
-    (0.0, 0.3, False), (0.5, 0.0, False), (0.9, 0.0, True), (0.0, 0.0, True)])
-def test_changed_weight(toy_model, traces, tmp_path, monkeypatch, gamma, floor, probed):
-    """Guards a look-ahead that runs on into the next trace or backwards, a probe's number of
-    another token or trace, and a floor that is none. By hand, token by token."""
-    for module, name in ((loss, "discord_weight"), (train, "backward")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
-    monkeypatch.setitem(train.CHUNK, "cpu", 256)
-    student, tokenizer = data.load(toy_model)
-    examples = data.load_traces(traces, tokenizer, 64, teacher=True)[0][:7]
-    support = data.response_logp(student, examples)
-    if probed:
-        folder = tmp_path / "probe"
-        folder.mkdir()
-        for file in toy_model.glob("tokenizer*"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        make_hf(folder, "qwen2", seed=9, vocab_size=129, num_hidden_layers=1)
-        other = data.response_logp(Transformer.from_pretrained(folder), examples)
-        support = [np.maximum(a, b) for a, b in zip(support, other, strict=True)]
-    study.changed(traces, gamma, floor, tmp_path / "probe" if probed else None)
-    batch = data.collate(examples)
-    found = train.backward(student, batch, options("s", "t", "o"), len(batch.labels))[2].item()
-    expected = 0.0
-    for example, q_logp in zip(examples, support, strict=True):
-        r = [float(q) - float(p) for q, p in zip(q_logp, example.teacher_logp, strict=True)]
-        for t in range(len(r)):
-            seen = sum(gamma ** (k - t) * r[k] for k in range(t, len(r)))
-            expected += max(floor, 2 / (1 + math.exp(-seen / loss.TAU)))
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert study.WEIGHT(torch.zeros(1), torch.zeros(1)).item() == 1.0
+def test_weights_in_place_of_discord():
+    """Guards p and q exchanged, a ratio above 1 and a weight with a gradient: q = .2, p = .5 and
+    the other way round."""
+    q = torch.tensor([0.2, 0.5]).log().requires_grad_()
+    p = torch.tensor([0.5, 0.2]).log()
+    dft = study.WEIGHTS["dft"](q, p, 0.7)
+    clipped = study.WEIGHTS["clipped"](q, p, 0.7)
+    assert dft.tolist() == pytest.approx([0.2, 0.5])
+    assert clipped.tolist() == pytest.approx([0.4, 1.0])
+    assert not dft.requires_grad and not clipped.requires_grad
 
 
-def test_tabular_fixed_point():
-    """Guards the figure's table: method.md's fact 5 on both sides of tau = 1/2."""
-    assert study.tabular(0.7, [0.4, 0.35, 0.25], 3000) == pytest.approx([0.5, 0.3, 0.2], abs=2e-3)
-    assert study.tabular(0.3, [0.4, 0.35, 0.25], 3000)[0] < 0.05
+@pytest.mark.parametrize(("name", "ends"), [
+    ("DFT", [(1, 0, 0)] * 4),
+    ("min(1, q/p)", [study.TABLE_TEACHER] * 4),
+    ("DisCorD, τ = 1", [study.TABLE_TEACHER] * 4),
+    ("DisCorD, τ = 0.7", [study.TABLE_TEACHER, study.TABLE_TEACHER,
+                          (0.625, 0.375, 0), (0, 0.6, 0.4)])])
+def test_what_p_adds(name, ends):
+    """Guards the answer to "why store p": without it, every start collapses to the teacher's mode;
+    with it, the teacher's mixture comes back, unless tau < 1 and a token is nearly dead."""
+    for end, found in zip(ends, study.softmax_table(name, 6000), strict=True):
+        assert found == pytest.approx(end, abs=0.02)
+
+
+def test_shares_of_ways():
+    """Guards a letter or a marker counted as a way, and an infinite KL for a way never written:
+    3 and 1 of 4 values, and one more of each."""
+    records = [{"response": "a=1 b~2 c=3 #### 3"}, {"response": "f=0 #### 0"}]
+    assert study.shares_of_ways(records).tolist() == pytest.approx([4 / 8, 1 / 8, 2 / 8, 1 / 8])
+
+
+def test_world_with_four_ways(tmp_path, monkeypatch):
+    """Guards lessons in shares other than asked for, values without a token of their own, and a
+    student that is not the teacher's first layer."""
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(data, "save_toy_tokenizer", data.save_toy_tokenizer)  # to be put back
+    world = study.World(ways=True)
+    world.write_problems(tmp_path / "t.jsonl", 2000, shares=study.STUDENT_SHARES)
+    records = [record for _, record in data.read_jsonl(tmp_path / "t.jsonl")]
+    assert study.shares_of_ways(records).tolist() == pytest.approx(study.STUDENT_SHARES, abs=0.015)
+    world.save_model(tmp_path / "model", 1, 48, 0)
+    tokenizer = data.Tokenizer(tmp_path / "model")
+    assert tokenizer.vocab_size == 129 + 3 * 60
+    assert Transformer.from_pretrained(tmp_path / "model").vocab_size == 129 + 3 * 60
+    ids = tokenizer.encode(" ".join(record["response"] for record in records))
+    assert tokenizer.vocab["<unk>"] not in ids
+    assert max(ids) > 129
+
+
+def test_half_interval():
+    """Guards a wrong Student's t or a standard deviation of the population."""
+    assert study.half_interval([1, 2, 3]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
