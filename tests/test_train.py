@@ -402,18 +402,24 @@ def test_save_dtype(traces, toy_model, tmp_path, capsys):
 def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
     """Guards a collapse that looks like success, since the weighted loss falls; each sign is said
     once, SFT says neither, and a healthy run nothing. Steps with several copies of a trace, too."""
-    far = tmp_path / "far.jsonl"  # the teacher is sure of each token, the student is not
-    data.write_jsonl(far, [{**record, "teacher_logprobs": [-0.01] * len(record["teacher_logprobs"])}
-                           for _, record in data.read_jsonl(traces)])
+    far, near = tmp_path / "far.jsonl", tmp_path / "near.jsonl"
+    for file, logp in ((far, -0.01), (near, -5.0)):  # of a teacher that is sure, or guesses
+        records = [record for _, record in data.read_jsonl(traces)]
+        for record in records:
+            record["teacher_logprobs"] = [logp] * len(record["teacher_logprobs"])
+        data.write_jsonl(file, records)
     said = {}
     for name, file, more in (("far", far, ["--tau", "0.1"]), ("sft", far, ["--objective", "sft"]),
                              ("wild", traces, ["--lr", "1", "--steps", "12"]),
-                             ("healthy", traces, ["--lr", "1e-4"])):
+                             ("healthy", near, ["--lr", "1e-4"])):
         train.train(options(toy_model, file, tmp_path / name, "--batch-size", "30", *more))
         said[name] = capsys.readouterr().out
-    assert said["far"].count("warning: nearly no token counts") == 1
+    assert said["far"].count("warning: the student finds too many tokens unlikely") == 1
     assert said["wild"].count("warning: the unweighted loss was") == 1
     assert said["wild"].count("--objective sft first") >= 1
+    first = {"ess": 0.6, "unweighted": 2.0}  # between the failed and the good runs of the study
+    assert [list(loss.signs_of_collapse({**first, "weight": w}, 2.0)) for w in (0.56, 0.63)] == [
+        ["weight"], []]
     for name in ("sft", "healthy"):
         copies = said[name].count("a step holds each trace 1.5 times")
         assert said[name].count("warning: ") == copies == 1
