@@ -293,7 +293,8 @@ def is_correct(prediction: str, gold: str) -> bool:
     """
     a, a_units = normalize(extract_answer(prediction))
     b, b_units = normalize(extract_answer(gold, gold=True))
-    if not (a_units <= b_units or b_units <= a_units) or max(len(a), len(b)) > LONGEST:
+    units_agree = a_units <= b_units or b_units <= a_units
+    if not units_agree or max(len(a), len(b)) > LONGEST:
         return False
     if a == b:
         return a != ""
@@ -686,7 +687,11 @@ def token_span(piece: str, w: float, title: str = "") -> str:
     """A token: orange if it counts less than in SFT, violet if it counts more."""
     rgb = "230,97,1" if w < 1 else "94,60,153"
     style = f"background:rgba({rgb},{abs(w - 1) * 0.7:.2f})"
-    name = "low" if w < 0.5 else "high" if w > 1.5 else ""
+    name = ""
+    if w < 0.5:
+        name = "low"
+    elif w > 1.5:
+        name = "high"
     text = html.escape(piece).replace("\n", "\u21b5\n")
     return f'<span class="{name}" style="{style}" title="{title}">{text}</span>'
 
