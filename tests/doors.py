@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
              for example in part]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     theirs = trainer(args.student, order, args.size, 2 // processes, args.steps,
-                     learning_rate=args.lr)
+                     out=Path(args.out, "trainer"), learning_rate=args.lr)
     theirs.train()
     theirs.save_model(f"{args.out}/theirs")  # only process 0 writes
     if not theirs.is_world_process_zero():
