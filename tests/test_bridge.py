@@ -48,8 +48,8 @@ class DisCorD(Trainer):
 def trainer(folder: Path, examples: list[data.Example], size: int, accum: int, steps: int,
             out: Path | None = None, **more) -> DisCorD:
     args = TrainingArguments(
-        str(out or folder / "out"), per_device_train_batch_size=size, gradient_accumulation_steps=accum,
-        max_steps=steps, logging_steps=1, adam_beta2=0.95,
+        str(out or folder / "out"), per_device_train_batch_size=size,
+        gradient_accumulation_steps=accum, max_steps=steps, logging_steps=1, adam_beta2=0.95,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1},
         train_sampling_strategy="sequential", use_cpu=True, report_to="none", disable_tqdm=True,
         save_strategy="no", **more)
