@@ -420,6 +420,8 @@ def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
     first = {"ess": 0.6, "unweighted": 2.0}  # between the failed and the good runs of the study
     assert [list(loss.signs_of_collapse({**first, "weight": w}, 2.0)) for w in (0.56, 0.63)] == [
         ["weight"], []]
+    rising = {"weight": 0.9, "ess": 0.6, "unweighted": 0.4}  # reverse KL begins near 0
+    assert loss.signs_of_collapse(rising, 0.1) == {}
     for name in ("sft", "healthy"):
         copies = said[name].count("a step holds each trace 1.5 times")
         assert said[name].count("warning: ") == copies == 1
