@@ -63,11 +63,11 @@ for words in (r"≤ \leq \le \leqslant", r"≥ \geq \ge \geqslant", r"≠ \neq \
               r"* \cdot \times", r", \cup", r"| \lvert \rvert"):
     spelling, *others = words.split()
     SPELLINGS |= dict.fromkeys(others, spelling)
-SPACES = r"° € £ ~ \, \; \: \degree \left \right \big \Big \displaystyle \quad \qquad"
+SPACES = (r"° € £ ~ \, \; \: \degree \displaystyle \quad \qquad \left \right "
+          r"\big \Big \bigl \bigr \Bigl \Bigr")
 SPELLINGS |= dict.fromkeys(SPACES.split(), " ")
 # A line break of a matrix, a command (doubled in some data sets), any other symbol.
 SYMBOL = re.compile(r"\\\\(?![a-zA-Z]{2})|\\?(\\q?quad|\\[a-zA-Z]{2,}|\\.|[^\x00-\x7f]|~)")
-
 TEXT = r"\\(?:text(?:bf|rm|normal)?|mbox|math(?:rm|bf)|operatorname)\s*\{"
 FUNCTION = rf"(?:{'|'.join(FUNCTIONS)})"
 NO_UNIT = rf"(?!\s*(?:{FUNCTION}|{'|'.join(CONSTANTS)}|sqrt|and|or|mod)(?![a-zA-Z]))"
