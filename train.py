@@ -65,8 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive, help="optimizer steps; replaces --epochs")
     add("--batch-size", type=positive, default=8,
         help="traces per micro-batch (default: 8)")
-    add("--grad-accum", type=positive, default=4,
-        help="micro-batches per step (default: 4)")
+    add("--grad-accum", type=positive, default=4, help="micro-batches a step (default: 4)")
     add("--lr", type=data.number(float, 1e-12, 1), default=1e-5,
         help="peak, then cosine to a tenth (default: 1e-5; toy: the best of a grid)")
     add("--max-length", type=positive, default=2048,
@@ -134,6 +133,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         q_logits = F.linear(rows[chunk], head)[:, :student.vocab_size]
         losses, w = token_losses(args.objective, q_logits, batch.labels[chunk],
                                  p_logits, p_logp, args.tau, args.beta)
+        del q_logits, p_logits  # large, and not needed for the gradient
         total = (w * losses).sum()
         (total / tokens).backward()
         w = w.double()  # in fp32, the square of a tiny weight is 0

@@ -7,6 +7,7 @@ two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -303,9 +304,13 @@ def rate_runs(world: World) -> list[Run]:
             runs += [method_run(world, name, lr, seed, "validation", 1) for seed in range(2)]
     return runs
 
+@functools.cache
+def rate_results() -> dict[tuple[World, str], Columns]:
+    return do_all(rate_runs(TOY) + rate_runs(FOUR_WAYS))
+
 def best_rates(world: World) -> dict[str, float]:
     """By the mean of greedy and sampled accuracy over two seeds."""
-    found = do_all(rate_runs(world))
+    found = rate_results()
     best = {}
     for name in METHODS:
         scores = {}
@@ -420,7 +425,8 @@ def far_runs() -> list[Run]:
     stages = {"SFT": SFT, "DisCorD": DISCORD}
     for change in ("--lr 1e-2", "--tau 2"):
         stages[f"DisCorD {change}"] = ((f"discord --lr 1e-3 --steps 800 {change}", "discord"),)
-    stages["SFT 400, then DisCorD"] = sft_first(400, 3e-2)
+    for steps in (100, 200, 400):
+        stages[f"SFT {steps}, then DisCorD"] = sft_first(steps, 3e-2)
     worlds = [World(lessons=n) for n in (25, 100, 300)]
     worlds.append(World(cut=True))
     return runs_in(worlds, stages, 3)
@@ -432,7 +438,7 @@ COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
 FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
 
 def rates_panel(axis: Axes, world: World, title: str) -> None:
-    found = do_all(rate_runs(world))
+    found = rate_results()
     for name in METHODS:
         points = [np.mean(found[world, f"{name} {lr:g}"]["sampled"]) for lr in RATES]
         axis.plot(RATES, points, marker="o", color=COLORS[name], label=name)

@@ -16,6 +16,7 @@ import torch
 from conftest import largest_difference, make_hf, options, weights
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 import data
@@ -96,6 +97,29 @@ def test_odd_lengths_are_right(toy_model, traces, tmp_path, dtype, far):
     assert max((x - exact).abs().max() for x, exact in zip(*found, strict=True) if x.ndim > 0
                and x is not found[0][0]) < far * size
     assert ((found[0][0] - found[1][0]).abs() / found[1][0]).max() < far
+
+
+@pytest.mark.parametrize("objective", ["discord", "rkl"])
+def test_logits_are_freed_before_the_backward_pass(toy_model, traces, tmp_path, monkeypatch,
+                                                   objective):
+    """Guards two of the largest tensors (a tenth of a step's peak) held while the gradient takes
+    as much again."""
+    freed, token_losses = [], loss.token_losses
+
+    def spy(objective, q_logits, y, p_logits, *rest):
+        losses, w = token_losses(objective, q_logits, y, p_logits, *rest)
+        storages = [StorageWeakRef(logits.untyped_storage())
+                    for logits in (q_logits, p_logits) if logits is not None]
+        losses.register_hook(lambda _: freed.extend(ref.expired() for ref in storages))
+        return losses, w
+
+    monkeypatch.setattr(loss, "token_losses", spy)
+    student, tokenizer = data.load(toy_model)
+    teacher = data.load(toy_model)[0].requires_grad_(False) if objective == "rkl" else None
+    examples, _ = data.load_traces(traces, tokenizer, 64, teacher=True)
+    args = options(toy_model, traces, tmp_path, "--objective", objective)
+    train.backward(student, data.collate(examples[:4]), args, 100, teacher)
+    assert freed == [True] * (2 if teacher else 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
