@@ -99,6 +99,7 @@ MUTANTS = [
     ("data.py", "check(before.get(key) == value,", "check(True,"),
     ("data.py", "model.vocab_size = tokenizer.vocab_size", "pass"),
     # ---- train.py: the reduction, accumulation, checkpoints
+    ("train.py", "del q_logits, p_logits", "pass"),
     ("train.py", "            block.compile()", "            pass"),
     ("train.py", "(total / tokens).backward()", "(total / len(rows)).backward()"),
     ("train.py", "hidden.detach().requires_grad_()", "hidden"),
