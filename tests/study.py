@@ -8,6 +8,7 @@ two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures.
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -296,17 +297,17 @@ def method_run(world: World, name: str, lr: float, seed: int, problems: str = "h
     stages = ((f"{options} --lr {lr:g} --steps 800", weight),)
     return Run(world, seed, f"{name} {lr:g}", stages, problems, samples)
 
-def rate_runs(world: World) -> list[Run]:
-    """Every method at every rate, on the validation problems."""
+def rate_runs() -> list[Run]:
+    """Every method at every rate in both worlds, on the validation problems."""
     runs = []
-    for name in METHODS:
-        for lr in RATES:
-            runs += [method_run(world, name, lr, seed, "validation", 1) for seed in range(2)]
+    for world, name, lr in itertools.product((TOY, FOUR_WAYS), METHODS, RATES):
+        runs += [method_run(world, name, lr, seed, "validation", 1) for seed in range(2)]
     return runs
 
 @functools.cache
 def rate_results() -> dict[tuple[World, str], Columns]:
-    return do_all(rate_runs(TOY) + rate_runs(FOUR_WAYS))
+    """Read once; of both worlds, so that their teachers are trained at the same time."""
+    return do_all(rate_runs())
 
 def best_rates(world: World) -> dict[str, float]:
     """By the mean of greedy and sampled accuracy over two seeds."""
@@ -503,7 +504,7 @@ def figures() -> None:
 
 PARTS = {
     "main": lambda: show(main_runs(TOY) + main_runs(FOUR_WAYS), *ACCURACY, "pass", "kl", "tokens"),
-    "rates": lambda: show(rate_runs(TOY) + rate_runs(FOUR_WAYS), *ACCURACY, "kl"),
+    "rates": lambda: show(rate_runs(), *ACCURACY, "kl"),
     "times": times,
     "shares": shares,
     "tau": lambda: show(tau_runs(), *ACCURACY),
