@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from model import Transformer, check, read_json
 CHUNK = {"cpu": 256, "cuda": 1024}  # rows that have logits at the same time
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
-compiled_losses = torch.compile(loss.token_losses, dynamic=True)  # at the first call
+compiled = cache(lambda: torch.compile(loss.token_losses, dynamic=True))  # a slow import
 TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
                 "steps": 800, "max_length": 64, "log_every": 100, "dtype": "float32"}
 TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2,  # the best of a grid
@@ -63,8 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=data.number(float, 1e-9, 1e6), default=3, help="default: 3")
     add("--steps", type=positive, help="optimizer steps; replaces --epochs")
-    add("--batch-size", type=positive, default=8,
-        help="traces per micro-batch (default: 8)")
+    add("--batch-size", type=positive, default=8, help="traces a micro-batch (default: 8)")
     add("--grad-accum", type=positive, default=4, help="micro-batches a step (default: 4)")
     add("--lr", type=data.number(float, 1e-12, 1), default=1e-5,
         help="peak, then cosine to a tenth (default: 1e-5; toy: the best of a grid)")
@@ -122,7 +122,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     rows = hidden.detach().requires_grad_()
     sums = torch.zeros(4, dtype=torch.double, device=rows.device)
     size = CHUNK[rows.device.type]
-    token_losses = compiled_losses if args.compile else loss.token_losses
+    token_losses = compiled() if args.compile else loss.token_losses
     for start in range(0, len(rows), size):
         chunk = slice(start, start + size)
         p_logits = p_logp = None

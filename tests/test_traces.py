@@ -5,8 +5,7 @@ import json
 import math
 import random
 import re
-import subprocess
-from pathlib import Path
+import shlex
 
 import numpy as np
 import pytest
@@ -350,10 +349,13 @@ def test_what_is_no_log_probability(tokenizer, value):
         data.encode_trace(record, tokenizer, "t line 1", teacher=True)
 
 
-def shell(error):
-    """Runs the command that an error names, in this repository."""
-    command = re.search("with (python -c '.*')$", str(error.value))[1]
-    subprocess.run(command, shell=True, check=True, cwd=Path(data.__file__).parent)  # noqa: S602
+def convert(error, folder, monkeypatch):
+    """Runs the command that an error names, as a shell splits it; Python starts only once."""
+    python, option, code = shlex.split(re.search("with (python -c '.*')$", str(error.value))[1])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.chdir(folder)
+    exec(code, {})  # noqa: S102
+    return folder / "new.jsonl"
 
 
 CONVERTED = {"prompt": "2+2?", "response": "4", "id": 3}
@@ -374,7 +376,7 @@ CONVERTED = {"prompt": "2+2?", "response": "4", "id": 3}
     ("Parquet", None, CONVERTED)])
 def test_other_formats(tokenizer, tmp_path, monkeypatch, form, content, expected):
     """Guards a refusal that does not say what the file is, and a line that does not convert it."""
-    file, new = tmp_path / "a file.bin", Path(data.__file__).parent / "new.jsonl"
+    file = tmp_path / "a file.bin"
     if form == "Parquet":
         pytest.importorskip("pyarrow", reason="needs pandas and pyarrow")
         pytest.importorskip("pandas", reason="needs pandas").DataFrame([CONVERTED]).to_parquet(file)
@@ -384,14 +386,10 @@ def test_other_formats(tokenizer, tmp_path, monkeypatch, form, content, expected
         file.write_bytes(content)
     with pytest.raises(BadInput, match=rf"file\.bin line 1: .*this is {form}, not JSONL") as error:
         data.load_traces(file, tokenizer)
-    assert not new.exists()
-    try:
-        shell(error)
-        record, = (record for _, record in data.read_jsonl(new))
-        assert expected | record == record and record["id"] == 3
-        data.load_traces(new, tokenizer)
-    finally:
-        new.unlink(missing_ok=True)
+    new = convert(error, tmp_path, monkeypatch)
+    record, = (record for _, record in data.read_jsonl(new))
+    assert expected | record == record and record["id"] == 3
+    data.load_traces(new, tokenizer)
 
 
 # ------------------------------------------------------------------------------------ SentencePiece
