@@ -5,11 +5,12 @@ import json
 import math
 import random
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_hf
+from conftest import SHARED, make_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -36,25 +37,29 @@ REAL = {
 }
 
 
-def real_tokenizer(shared, tmp_path, name):
-    vocabulary, rest, config, _ = REAL[name]
-    rest, vocabulary = shared / "tokenizers" / rest, shared / "tokenizers" / vocabulary
-    shutil.copyfile(next(vocabulary.glob("tokenizer*.json")) if "R1" not in name else
-                    vocabulary / "tokenizer.RECONSTRUCTED.json", tmp_path / "tokenizer.json")
-    if (vocabulary / "tokenizer.json").exists():
-        shutil.copyfile(vocabulary / "tokenizer.json", tmp_path / "tokenizer.json")
-    shutil.copyfile(rest / f"{config}.json", tmp_path / "tokenizer_config.json")
-    if (rest / "chat_template.jinja").exists():
-        shutil.copyfile(rest / "chat_template.jinja", tmp_path / "chat_template.jinja")
-    return data.Tokenizer(tmp_path)
+@pytest.fixture(scope="module")
+def real_tokenizer(tmp_path_factory):
+    """Loads each of REAL once: its name -> data.Tokenizer."""
+    @cache
+    def load(name: str) -> data.Tokenizer:
+        vocabulary, rest, config, _ = REAL[name]
+        folder = tmp_path_factory.mktemp("tokenizer")
+        rest, vocabulary = SHARED / "tokenizers" / rest, SHARED / "tokenizers" / vocabulary
+        shutil.copyfile(vocabulary / ("tokenizer.RECONSTRUCTED.json" if "R1" in name else
+                                      "tokenizer.json"), folder / "tokenizer.json")
+        shutil.copyfile(rest / f"{config}.json", folder / "tokenizer_config.json")
+        if (rest / "chat_template.jinja").exists():
+            shutil.copyfile(rest / "chat_template.jinja", folder / "chat_template.jinja")
+        return data.Tokenizer(folder)
+    return load
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monkeypatch):
+def test_prompts_and_end_of_turn_of_real_tokenizers(shared, real_tokenizer, name, monkeypatch):
     """Guards rendering (against transformers' own output, stored), a second BOS, and training on
     the EOS of the base model where the chat template ends a turn with another token."""
     monkeypatch.setitem(data.TEMPLATES.globals, "strftime_now", lambda form: "21 Nov 2026")
-    tokenizer = real_tokenizer(shared, tmp_path, name)
+    tokenizer = real_tokenizer(name)
     assert tokenizer.vocab[REAL[name][3]] == tokenizer.eot_id
     cases = [json.loads(line) for line in open(shared / "chat_template_renders.jsonl")]
     cases = [case for case in cases if case["tokenizer"] == name]
@@ -64,7 +69,7 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monk
             text = tokenizer.apply_chat_template(
                 case["messages"], case["add_generation_prompt"], **case["kwargs"])
             assert text == case["rendered"], case["case"]
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
     turns = [{"role": "user", "content": "What is 12 + 34? \\boxed{} it."}]
     if cases:
         text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
@@ -86,10 +91,10 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, tmp_path, name, monk
 
 
 @pytest.mark.parametrize("name", [name for name in REAL if name != "Llama-2-7b-hf"])
-def test_real_templates_drop_no_turn(shared, tmp_path, name):
+def test_real_templates_drop_no_turn(shared, real_tokenizer, name):
     """Guards a question or instructions that vanish since a real template does not know the role,
     and refusing what is only trimmed, moved to the front or the thinking of an earlier turn."""
-    tokenizer, refused = real_tokenizer(shared, tmp_path, name), []
+    tokenizer, refused = real_tokenizer(name), []
     for role in ("developer", "human", "User", "critic"):
         for turns in ([(role, "Why?")], [("system", "Be brief."), (role, "Why?")],
                       [("user", "Why?"), (role, "Why?")]):
@@ -117,10 +122,10 @@ def test_real_templates_drop_no_turn(shared, tmp_path, name):
             data.encode_trace(record, tokenizer, "t line 1")
 
 
-def test_a_prompt_is_the_same_tomorrow(shared, tmp_path, monkeypatch):
+def test_a_prompt_is_the_same_tomorrow(shared, real_tokenizer, monkeypatch):
     """Guards Llama 3's template, which prints today's date: a resumed run must see the prompts of
     the first one. The date is the template's own default."""
-    tokenizer = real_tokenizer(shared, tmp_path, "Llama-3.2-Instruct")
+    tokenizer = real_tokenizer("Llama-3.2-Instruct")
     turns = [{"role": "user", "content": "2+2?"}]
     today = tokenizer.encode_prompt(turns)
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(today)
@@ -165,9 +170,9 @@ def test_ids_of_real_tokenizers(shared):
     assert len(cases) == 224 and seams > 10
 
 
-def test_thinking_is_not_eaten(shared, tmp_path):
+def test_thinking_is_not_eaten(shared, real_tokenizer):
     """Guards R1's template, which drops all text up to </think> from an assistant's turn."""
-    tokenizer = real_tokenizer(shared, tmp_path, "DeepSeek-R1-Distill-Qwen")
+    tokenizer = real_tokenizer("DeepSeek-R1-Distill-Qwen")
     trace = {"prompt": "2+2?", "response": "<think>\nAdd.\n</think>\n\nIt is \\boxed{4}."}
     example = data.encode_trace(trace, tokenizer, "line 1")
     response = example.tokens[example.prompt_length:].tolist()
@@ -177,10 +182,10 @@ def test_thinking_is_not_eaten(shared, tmp_path):
 
 @pytest.mark.parametrize("name", ["DeepSeek-R1-Distill-Qwen (2025-02 template)",
                                   "Qwen3-4B-2507-Thinking", "Qwen3"])
-def test_thinking_is_opened_once(shared, tmp_path, name):
+def test_thinking_is_opened_once(shared, real_tokenizer, name):
     """Guards <think> twice where the real template opens the thinking and the trace does, too, and
     training on another prompt than the one that generation starts from."""
-    tokenizer = real_tokenizer(shared, tmp_path, name)
+    tokenizer = real_tokenizer(name)
     for response in ("<think>\nAdd.\n</think>\n\n4", "Add.\n</think>\n\n4"):
         example = data.encode_trace({"prompt": "2+2?", "response": response}, tokenizer, "line 1")
         text = tokenizer.backend.decode(example.tokens, skip_special_tokens=False)

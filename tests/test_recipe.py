@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import zlib
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,7 @@ def test_recipes(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "is_correct", lambda prediction, gold: bool(
         prediction and zlib.crc32((prediction + gold).encode()) % 3))
+    monkeypatch.setattr(data, "Tokenizer", cache(data.Tokenizer))  # half a second each
     monkeypatch.chdir(tmp_path)
     publish(shared, tmp_path)
     data.write_jsonl("plain.jsonl", [{"prompt": f"{i}+2?", "response": f"It is {i + 2}."}
