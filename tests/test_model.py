@@ -164,8 +164,8 @@ def test_logits_of_few_rows(tmp_path, kind):
 
 
 def test_samples_follow_the_distribution(tmp_path):
-    """Guards the inverse-CDF draw: an index off by one, a token of probability 0, a temperature
-    that multiplies."""
+    """Guards the inverse-CDF draw: an index off by one, a temperature that multiplies, and a token
+    of probability 0 that is drawn since the others' fp32 probabilities sum to less than 1."""
     p = torch.tensor([[0.05, 0.0, 0.45, 0.2, 0.3]])
     draws = (torch.arange(20000, dtype=torch.double)[:, None] + 0.5) / 20000
     logits = p.log().expand(20000, 5)
@@ -177,6 +177,9 @@ def test_samples_follow_the_distribution(tmp_path):
     extremes = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.double)
     middle = torch.tensor([[-1e9, 0.0, -1e9]] * 2)
     assert sample_token(middle, 1.0, extremes).tolist() == [1, 1]
+    wide = 3 * torch.randn(64, 129, generator=torch.Generator().manual_seed(0))
+    wide[:, -1] = -1e9
+    assert sample_token(wide, 1.0, extremes[1:].expand(64, 1)).max() < 128
 
 
 def test_a_row_does_not_depend_on_its_neighbors(tmp_path):
