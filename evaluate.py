@@ -46,7 +46,8 @@ from model import BadInput, Transformer, check, read_json
 #   and only `evaluate` computes them: no model text is ever run.
 LONGEST = 1000  # characters of an answer
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "infinity": math.inf}
-CONSTANTS |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+CONSTANTS |= {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6,
+              "billion": 10**9, "trillion": 10**12}
 FUNCTIONS: dict[str, Callable] = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "exp": cmath.exp,
     "log": cmath.log, "ln": cmath.log, "abs": abs, "frac": truediv,
@@ -55,7 +56,7 @@ FUNCTIONS: dict[str, Callable] = {
 }
 SPELLINGS = {
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "±": r"\pm ", "∞": r"\infty ",
-    "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ", "²": "^2", "³": "^3",
+    "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ",
     "½": r"\frac12 ", r"\!": "", r"\ ": " ", "\u200b": " ",
 }
 for words in (r"≤ \leq \le \leqslant", r"≥ \geq \ge \geqslant", r"≠ \neq \ne", r"< \lt",
@@ -66,11 +67,14 @@ for words in (r"≤ \leq \le \leqslant", r"≥ \geq \ge \geqslant", r"≠ \neq \
 SPACES = (r"° € £ ~ \, \; \: \degree \displaystyle \quad \qquad \left \right "
           r"\big \Big \bigl \bigr \Bigl \Bigr")
 SPELLINGS |= dict.fromkeys(SPACES.split(), " ")
+SPELLINGS |= {digit: f"^{i}" for i, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {"⁻": "^-"}
+SPELLINGS |= {digit: f"_{i}" for i, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 # A line break of a matrix, a command (doubled in some data sets), any other symbol.
 SYMBOL = re.compile(r"\\\\(?![a-zA-Z]{2})|\\?(\\q?quad|\\[a-zA-Z]{2,}|\\.|[^\x00-\x7f]|~)")
 TEXT = r"\\(?:text(?:bf|rm|normal)?|mbox|math(?:rm|bf)|operatorname)\s*\{"
 FUNCTION = rf"(?:{'|'.join(FUNCTIONS)})"
-NO_UNIT = rf"(?!\s*(?:{FUNCTION}|{'|'.join(CONSTANTS)}|sqrt|and|or|mod)(?![a-zA-Z]))"
+NO_UNIT = (rf"(?!\s*(?:{FUNCTION}|{'|'.join(CONSTANTS)}|sqrt|and|or|mod|arc[a-z]+|"
+           r"sinh|cosh|tanh)(?![a-zA-Z]))")
 UNIT = re.compile(
     rf"(?<=[\w}})%])\s*{TEXT}{NO_UNIT}([^{{}}]{{2,}}|m)\}}"  # \text{ cm}^2
     r"(?:\s*\^\s*\{?[23]\}?)?|"
@@ -93,7 +97,10 @@ def rewrite(text: str, rules: list[str]) -> str:
 
 # Rules that bring answers into one spelling, and examples of what they change.
 CLEAN = [
-    r"\{,\} => ,",  # 10{,}000
+    r"\{,\} => ,", r",\s*\.\.\. => ,dots",  # 10{,}000; 1, 2, ...
+    r"(?<=[0-9])(?<![0-9]{4}),(?=0[0-9]{2}(?![0-9])) => ",  # 10,000
+    r"(?<=\^[-0-9])\^(?=[0-9]) => ", r"(?<=_[0-9])_(?=[0-9]) => ",  # 2^1^0, from 2¹⁰
+    r"\\sqrt\s*([0-9]+) => \\sqrt{\1}",  # √13
     r"(?<=[0-9]) (?=[0-9]{3}(?![0-9])) => ",  # 10 000
     r"\\[()\[\]]|[$`] =>  ",  # \( and money
     r"\^\s*\{?\s*\\circ\s*\}?|\bdegrees?\b|\*\* =>  ",  # 90^\circ, **bold**
@@ -132,6 +139,7 @@ PYTHON = [
     r"\|([^|]*)\| => abs{\1}", r"\\?sqrt\s*\[(\w+)\]\s*\{ =>  root{\1,",  # \sqrt[3]{x}
     r"\\?sqrt\s*[({] =>  root{2,", r"\\?sqrt\s*(\\?\w+) =>  root(2,\1)",  # \sqrt{2}
     r"_\s*(?:\{\\?(\w+)\}|\\([a-zA-Z]+)) => _\1\2",  # a_{n}
+    r"(?<=[0-9])_(?=[0-9]) => *base",  # 101_2 -> 101*base2
     r"\}\s*\{ => ,", r"\{ => (", r"\} => )",  # frac{1}{2} -> frac(1,2)
     r"\\([a-zA-Z]+(?:_\w+)?) =>  \1 ", r" *\^ * => ^",
     r"(?<![a-zA-Z_])(?!pi|ln)([a-zA-Z])(?=[a-zA-Z](?![a-zA-Z])) => \1 ",  # xy -> x y
@@ -152,7 +160,8 @@ def parse(text: str) -> list:
         return list({ast.dump(node): node for node in items}.values())
     code: Any = ast.parse(f"[{rewrite(text, PYTHON)}]", mode="eval")
     items = code.body.elts
-    one_value = all(equivalent(items[0], item) for item in items[1:])
+    one_value = not re.search(THOUSANDS, text) and all(
+        equivalent(items[0], item) for item in items[1:])
     return items[:1] if one_value else items
 
 def power(base, exponent):
@@ -176,8 +185,9 @@ def evaluate(node: Any, point: int):
         case ast.Name(id=name) if name in CONSTANTS:
             return CONSTANTS[name]
         case ast.Name(id=name):
-            draw = random.Random(f"{name} {point}").choice
-            return Fraction(draw(range(101, 999)), draw((100, 100, -100)))
+            size = random.Random(f"{name} {point}").randrange(101, 999)
+            negative = (ord(name[0]) + point) % 3 == 0  # at one or two of four points
+            return Fraction(-size if negative else size, 500)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -value(operand)
         case (ast.BinOp(left=left, op=op, right=right)
@@ -228,14 +238,14 @@ FORMULA = r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$"
 # A formula, or text without words that begins with a number, such as 3x + 5. It may have
 # the words of a longer answer, as in 1 hour 20 minutes, and ends with two words of a unit.
 PLACE = (
-    rf"(?:{FORMULA}|(?<![\w\\.])(?<![-+*/^] )[-+(.]*"
+    rf"(?:{FORMULA}|(?<![\w\\.^/])(?<![\w)][-+*])(?<![-+*/^<>≤≥≠] )[-+(.]*"
     r"(?:[0-9]|\\[a-zA-Z]+)(?:\\[a-zA-Z]+|(?<![a-zA-Z])"
     r"(?:and|or|pi|(?:dollar|pound|week|day|hour|minute)s?|feet|[mb]illion|[ap]\.?m|[AP]M|"
     r"[b-zA-HJ-Z])(?![a-zA-Z])"
     r"|(?![.!?](?:\s|$))[-+*/=^_(){}\[\],.:;%'!<>| 0-9])*(?:[a-zA-Z]{3,} ?){0,2}|\$)"
 )
 FINAL = re.compile(rf"(?is)final answer(?: is\b|:)[\s:*\"]*(?={PLACE})")
-STATED = re.compile(r"(?i)####[\s:*]*|answers?(?: is\b| are\b|:)[\s:*]*")
+STATED = re.compile(r"(?i)(?:####|answers?(?: is\b| are\b|:))(?:[\s:*]|\\\[)*")
 SENTENCE = re.compile(r"(?:(?!\.(?:\s|$)).)*")
 NEGATED = rf"(?s)(?:\b(?:not|never|instead of|rather than)|n't)\b[^$0-9\\.]*{PLACE}"
 WORD = re.compile(rf"(?<![a-zA-Z\\]){NO_UNIT}[a-zA-Z]{{3}}")
@@ -249,6 +259,7 @@ def extract_answer(text: str, gold: bool = False) -> str:
     """
     text = SYMBOL.sub(lambda found: SPELLINGS.get(found[1], found[1] or found[0]), text)
     text = MONEY.sub("", unicodedata.normalize("NFKC", text))
+    text = re.sub(r"(?i)\b(?:minus|negative)\s+(\$?)(?=[0-9.\\])", r"\1-", text)
     text = text.rpartition("</think>")[2].strip() or text
     boxed = list(BOXES.finditer(text))
     marks = list(FINAL.finditer(text, boxed[-1].end()) if boxed else STATED.finditer(text))
@@ -266,7 +277,7 @@ def extract_answer(text: str, gold: bool = False) -> str:
         return text.strip()
     said = re.search(rf"(?s)(?:^|\b(?:is|are|equals))[\s:*]*({PLACE})", text)
     if marks and said:
-        return said[1]
+        return text if re.match(r"[,\s]*[0-9]", text[said.end():]) else said[1]
     return places[0 if marks else -1]
 
 def normalize(text: str) -> tuple[str, set[str]]:
@@ -370,7 +381,7 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
     problems = []
     for where, record in data.read_jsonl(benchmark):
         present = [record[name] for name in GOLDS if name in record]
-        golds = [gold for gold in present if gold not in (None, "", [])]
+        golds = [gold for gold in present if gold not in (None, []) and str(gold).strip()]
         check(present, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
         if not golds:
             print(f"{where}: dropped, its answer is empty")
@@ -451,7 +462,8 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
     response = record["response"]
     record["extracted"] = extract_answer(response)
     if not finished:
-        response = f"\\boxed{{{record['extracted']}}}" if BOX.search(response) else ""
+        up_to_box = re.match(rf"(?s).*{BOX.pattern}", response.rpartition("</think>")[2])
+        response = up_to_box[0] if up_to_box else ""
     record["correct"] = is_correct(response, problem["answer"])
     return record
 
@@ -524,11 +536,12 @@ def accuracy(args: argparse.Namespace) -> None:
     name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
     out = Path(args.out or folder / name)
     part = Path(f"{out}.part")
-    check(args.resume or not part.exists(), f"{part}: an interrupted evaluation; add "
-          "--resume to continue it, or remove the file")
+    for file in (part, out):
+        check(args.resume or not file.exists(), f"{file}: holds an evaluation; add "
+              "--resume to continue or to print it, or remove the file")
     if part.exists():
         data.cut_half_line(part)
-    finished = args.resume and out.exists() and not part.exists()
+    finished = out.exists() and not part.exists()
     file = out if finished else part
     records = read_answers(file) if file.exists() and file.stat().st_size else []
     for record in records:

@@ -15,7 +15,7 @@ BUDGETS = {  # lines, tokens per line of code
     "model.py": (380, 11.5),
     # The design wants 660 and 680: GPU decoding, checks of real traces and the benchmarks came.
     "data.py": (687, 10.5),
-    "evaluate.py": (791, 10.5),
+    "evaluate.py": (804, 10.5),
     "train.py": (390, 10.5),
 }
 WIDTH = 92

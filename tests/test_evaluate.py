@@ -123,6 +123,19 @@ def test_verdicts_and_summary(toy_model):
     assert twice["standard_error"] == got["standard_error"] and twice["samples"] == 2
 
 
+@pytest.mark.parametrize("text, gold, right", [
+    (r"So it is \boxed{12}. Let me check: 12 is", "12", True),
+    (r"So it is \boxed{12}. The final answer is 1", "1", False),
+    (r"<think>\boxed{3}?</think> There are 4 rows of 5", "5", False), (r"So \boxed{1", "1", False)])
+def test_an_answer_that_was_cut_off(toy_model, monkeypatch, text, gold, right):
+    """Guards a number in half an answer that counts since there is a complete box elsewhere."""
+    model, tokenizer = data.load(toy_model)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: text)
+    problem = {"id": 1, "prompt": "1 a+2", "answer": gold}
+    record = evaluate.grade_answer(model, tokenizer, problem, [5], [5, 6], [-1.0, -1.0])
+    assert record["correct"] is right and not record["finished"]
+
+
 def test_any_eos_ends_an_answer(toy_model):
     """Guards "#### 5<|endoftext|>" being graded as text, and traces that say another end than the
     one that was sampled: base models end with either of two tokens."""
@@ -184,7 +197,7 @@ def test_interrupted_evaluation_goes_on(toy_model, benchmark, tmp_path, capsys, 
     lines = part.read_text().splitlines(keepends=True)
     assert len(lines) == 32 and not out.exists()
     part.write_text("".join(lines[:20]) + '{"id": 3, "resp')  # killed within the second batch
-    with pytest.raises(BadInput, match=r"r\.jsonl\.part: an interrupted evaluation; add --resume"):
+    with pytest.raises(BadInput, match=r"r\.jsonl\.part: holds an evaluation; add --resume"):
         run(*settings, "--out", out)
     with pytest.raises(BadInput, match="cannot resume: max_new_tokens was 9, is now 8"):
         run(*settings, "--max-new-tokens", 8, "--resume", "--out", out)

@@ -155,7 +155,7 @@ def test_interrupted_answers(toy_model, tmp_path, monkeypatch, capsys, temperatu
     assert stopped.value.code == "interrupted; to continue training or an evaluation, add --resume"
     kept = part.read_text()
     assert kept.count("\n") == 4 and not out.exists()
-    with pytest.raises(BadInput, match=r"r\.jsonl\.part: an interrupted evaluation; add --resume"):
+    with pytest.raises(BadInput, match=r"r\.jsonl\.part: holds an evaluation; add --resume"):
         evaluate.main([*settings, str(out)])
     with pytest.raises(BadInput, match="cannot resume: max_new_tokens was 9, is now 8"):
         evaluate.main([*settings, str(out), "--resume", "--max-new-tokens", "8"])
@@ -179,6 +179,8 @@ def test_interrupted_answers(toy_model, tmp_path, monkeypatch, capsys, temperatu
     capsys.readouterr()
     evaluate.main([*settings, str(out), "--resume"])  # finished: only printed
     assert "accuracy" in capsys.readouterr().out and len(batches) == 1
+    with pytest.raises(BadInput, match=r"r\.jsonl: holds an evaluation; add --resume"):
+        evaluate.main([*settings, str(out)])  # nothing is overwritten without a word
 
 
 def test_ctrl_c(toy_model, traces, tmp_path):
