@@ -61,6 +61,7 @@ IMPLEMENTED: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
     "rope_type": ["default", "llama3"],
     "layer_types": ["full_attention"],
+    "is_causal": [True],
     "head_dim": range(2, 1025, 2),
     "hidden_act": ["silu"],
     "mlp_bias": [False],
@@ -144,8 +145,7 @@ class KVCache(SimpleNamespace):
         self.used = 0  # columns in use, by the longest row
 
     def extend(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """The positions of T more tokens, [1 or B, T], and what their scores of all columns
-        get added: [B, 1, 1, columns], or None for prompts."""
+        """Positions [1 or B, T] of T more tokens; their mask [B, 1, 1, columns] or None."""
         is_prompt = self.used == 0
         self.used += T
         if is_prompt:

@@ -327,8 +327,9 @@ def test_broken_files_are_named(tmp_path):
 @pytest.mark.parametrize("key, value", [
     ("model_type", "mistral"), ("model_type", None), ("hidden_act", "gelu"), ("mlp_bias", True),
     ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
-    ("attention_dropout", 0.1), ("quantization_config", {"quant_method": "fp8"}),
-    ("auto_map", {"AutoModel": "x.Y"}), ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("attention_dropout", 0.1), ("is_causal", False),
+    ("quantization_config", {"quant_method": "fp8"}), ("auto_map", {"AutoModel": "x.Y"}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("rope_parameters", {"rope_type": "dynamic"}),
     ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}),
