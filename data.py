@@ -529,14 +529,14 @@ def score(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(records)} traces scored; dropped: {dict(dropped)}")
 
 def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
-                   separator: str) -> np.ndarray:
+                   separator: re.Pattern) -> np.ndarray:
     """Mean log-probability of the tokens that begin in each sentence: [sentences]."""
     stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
     text, starts = "", []
     for token in example.tokens[example.prompt_length:].tolist():
         starts.append(len(text))
         text += stream.step(tokenizer.backend, token) or ""  # None: part of a character
-    ends = [gap.start() for gap in re.finditer(separator, text)]
+    ends = [gap.start() for gap in separator.finditer(text)]
     sentence = np.searchsorted(ends, starts, side="right")
     count = np.bincount(sentence)
     return np.bincount(sentence, logp)[count > 0] / count[count > 0]
@@ -544,7 +544,6 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
 def select(args: argparse.Namespace) -> None:
     """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with most
     sentences that the teacher finds twice as likely as the student, per token."""
-    re.compile(args.separator)  # an invalid one must fail before the long work
     student, tokenizer = load(args.student, args.dtype, args.device)
     records: list = []
     examples, dropped = load_traces(args.traces, tokenizer, math.inf, True, records)
@@ -585,7 +584,8 @@ def mix(args: argparse.Namespace) -> None:
             problems.append(problem)
     check(problems, f"{args.answers}: no answer was cut off; --continue-all takes all")
     write_jsonl(args.out, problems)
-    print(f"{args.out}: {len(problems)} of {len(answers)} answers to continue")
+    alone = sum(str(record["id"]) not in longest for _, record in answers)
+    print(f"{args.out}: {len(problems)} of {len(answers)} kept; no right trace for {alone}")
 
 # ---- The toy world: a digit and six operations modulo 10
 LETTERS = "abcdef"
@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
             add_model_options(add)
         if function is select:
             add("--keep", type=number(float, 1e-9, 1), default=0.5, help="share of traces")
-            add("--separator", default=r"(?<=[.!?])\s+|\n+",
+            add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",
                 help="regular expression that splits sentences")
     args = parse_args(parser, argv)
     args.run(args)

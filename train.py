@@ -70,8 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="peak, then cosine to a tenth (default: 1e-5; toy: the best of a grid)")
     add("--max-length", type=positive, default=2048,
         help="tokens; longer traces are dropped (default: 2048)")
-    add("--seed", type=data.number(int, 0), default=0,
-        help="of the order of traces (default: 0)")
+    add("--seed", type=data.number(int, 0), default=0, help="order of traces (default: 0)")
 
     add = parser.add_argument_group("machine").add_argument
     data.add_model_options(add)
@@ -239,7 +238,8 @@ def train(args: argparse.Namespace) -> dict:
 
     # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
     weighted = args.objective in loss.WEIGHTED
-    examples, dropped = data.load_traces(args.traces, tokenizer, args.max_length,
+    max_length = min(args.max_length, student.config.max_position_embeddings)
+    examples, dropped = data.load_traces(args.traces, tokenizer, max_length,
                                          teacher=weighted and teacher is None)
     traces_per_step = args.batch_size * args.grad_accum
     args.steps = args.steps or math.ceil(args.epochs * len(examples) / traces_per_step)
@@ -317,7 +317,7 @@ def train(args: argparse.Namespace) -> dict:
         pending, last_line = [], time.perf_counter()
         data.write_lines(log, [line], "a")
         columns = [f"{key} {value:<8.5g}" for key, value in line.items()]
-        progress.write(" ".join(columns).rstrip(), sys.stdout)
+        progress.write(" ".join(columns), sys.stdout)
         for sign, warning in loss.signs_of_collapse(line, first_loss).items():
             if weighted and sign not in warned:
                 progress.write(f"warning: {warning}", sys.stdout)

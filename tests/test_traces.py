@@ -473,7 +473,7 @@ def test_sentences(tokenizer):
     pieces = [tokenizer.backend.decode([i], skip_special_tokens=False)
               for i in example.tokens[example.prompt_length:]]
     logp = -np.arange(1, len(pieces) + 1.0)
-    means = data.sentence_means(tokenizer, example, logp, r"(?<=[.!?])\s+|\n+")
+    means = data.sentence_means(tokenizer, example, logp, re.compile(r"(?<=[.!?])\s+|\n+"))
     firsts = [0, pieces.index("."), pieces.index("!") + 1, pieces.index("\n")]
     dot = [i for i, piece in enumerate(pieces) if piece == "."][1]
     firsts[1] = dot + 1
@@ -489,10 +489,11 @@ def test_sentences_of_any_bytes(tokenizer):
         ids = [rng.choice(everything) for _ in range(rng.randint(1, 40))]
         example = data.Example(np.array([0, *ids]), 1)
         logp = np.array([-rng.random() for _ in ids])
-        means = data.sentence_means(tokenizer, example, logp, r"\s")
+        means = data.sentence_means(tokenizer, example, logp, re.compile(r"\s"))
         assert np.isfinite(means).all() and 1 <= len(means) <= len(ids)
         assert logp.min() - 1e-9 <= means.min() <= means.max() <= logp.max() + 1e-9
-        assert np.allclose(data.sentence_means(tokenizer, example, logp, "(?!)"), logp.mean())
+        whole = data.sentence_means(tokenizer, example, logp, re.compile("(?!)"))
+        assert np.allclose(whole, logp.mean())
 
 
 def test_select(tokenizer, tmp_path, capsys):
@@ -577,7 +578,9 @@ def test_mix(toy_model, tmp_path, capsys):
         everything = [record["prefix"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
         assert not any(eos in prefix for prefix in everything for eos in (tokenizer.eot_id, 7))
     assert lengths == {5, 6, 7, 8, 9}
+    capsys.readouterr()
     data.main([*command, "0", "--continue-all"])
+    assert capsys.readouterr().out.endswith("out.jsonl: 4 of 5 kept; no right trace for 1\n")
     problems = evaluate.load_problems(tmp_path / "out.jsonl")
     assert [problem["id"] for problem in problems] == ["0/2", "1/0", "2/0", "3/0"]
     assert tokenizer.eot_id not in problems[2]["prefix"] and len(problems[2]["prefix"]) >= 3

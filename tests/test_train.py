@@ -698,6 +698,18 @@ def test_gsm8k(shared, tmp_path):
     assert difference < 1e-4
 
 
+def test_traces_beyond_the_context(toy_model, traces, tmp_path):
+    """Guards positions that the student has never seen: such traces are dropped and counted."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 15}))
+    run = train.train(options(tmp_path / "m", traces, tmp_path / "run", "--steps", "1"))
+    lengths = [len(record["prompt"].split()) + len(record["response"].split()) + 3
+               for _, record in data.read_jsonl(traces)]  # <user>, <assistant>, <end>
+    long = sum(length > 15 for length in lengths)
+    assert run["dropped"] == {"longer than 15 tokens": long} and 0 < long < 40
+
+
 def test_errors_of_the_command_line_are_one_line(tmp_path, traces):
     """Guards tracebacks and multi-line messages of the Hub's client for a mistyped name, and a
     start that takes two seconds more since it imports the compiler."""
