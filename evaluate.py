@@ -56,8 +56,8 @@ FUNCTIONS: dict[str, Callable] = {
 }
 SPELLINGS = {
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "±": r"\pm ", "∞": r"\infty ",
-    "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ",
-    "½": r"\frac12 ", r"\!": "", r"\ ": " ", "\u200b": " ",
+    "∪": ",", "π": r"\pi ", "√": r"\sqrt ", "∈": r"\in ", "½": r"\frac12 ",
+    "¼": r"\frac14 ", "¾": r"\frac34 ", r"\!": "", r"\ ": " ", "\u200b": " ",
 }
 for words in (r"≤ \leq \le \leqslant", r"≥ \geq \ge \geqslant", r"≠ \neq \ne", r"< \lt",
               r"> \gt", r"\frac \dfrac \tfrac \cfrac", r"\binom \dbinom", r"% \%",
@@ -104,7 +104,7 @@ CLEAN = [
     r"(?<=[0-9]) (?=[0-9]{3}(?![0-9])) => ",  # 10 000
     r"\\[()\[\]]|[$`] =>  ",  # \( and money
     r"\^\s*\{?\s*\\circ\s*\}?|\bdegrees?\b|\*\* =>  ",  # 90^\circ, **bold**
-    rf"(?:{TEXT})?\s*\b(?:percent(?:age)?|pct)\b\}}? => %",
+    rf"(?:{TEXT})?\s*\b(?:percent(?:age(?: points?)?)?|pct)\b\}}? => %",
     r"\\(frac|sqrt)\s*([0-9]|\\pi) => \\\1{\2}",  # \frac12
     rf"(\\frac\{{{BRACES}\}})\s*([0-9]) => \1{{\2}}",  # \frac{1}2
     r"(?<![0-9.}^_])([0-9]+)\s*\\frac\{([0-9]+)\}\{([0-9]+)\} => (\1+\2/\3)",  # 2\frac12

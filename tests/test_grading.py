@@ -200,6 +200,9 @@ KINDS = {
         ("The answer is 5 boys and 6 girls.", "5", 0), ("The answer is 5 lbs 6 oz.", "5", 0),
         ("The answer is negative 5.", "5", 0), ("The answer is negative 5.", "-5", 1),
         ("The answer is minus $5$.", "5", 0), ("The answer is:\n\n\\[\n5\n\\]", "5", 1)],
+    "fractions and percent": [
+        ("3¾", "15/4", 1), ("¼", "0.25", 1), ("3¾", "33/4", 0), ("10½", "10.5", 1),
+        (r"\boxed{5\text{ percentage points}}", r"5\%", 1), ("5 percentage", "6%", 0)],
     "words that multiply": [
         (r"\boxed{5\text{ hundred}}", "5", 0), (r"\boxed{5\text{ hundred}}", "500", 1),
         (r"2\operatorname{arctan} x", "2x", 0), ("2 sinh(x)", "2x", 0)],
