@@ -37,7 +37,7 @@ from model import BadInput, Transformer, check, read_json
 #   behind the boxes wins. Without a box, the answer follows #### or "answer is", or is the
 #   last number or formula. "not 5" and what stands before </think> are skipped.
 # - Units are dropped; if both answers have some, they must agree. 20% is 20 or 0.2. 1,234
-#   is a number or a list. 2 1/2 is mixed. Lists come in any order, points do not.
+#   is a number or a list, 1,034 a number. 2 1/2 is mixed. Lists have no order, points do.
 # - A gold x = 5 accepts 5, but not y = 5. If the gold answer has no "=", what follows the
 #   last "=" of a prediction counts. Equations may be multiples of each other.
 # - 1 < x <= 2 is the interval (1, 2], x < 2 is (-infinity, 2). The letter does not matter.
