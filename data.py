@@ -584,8 +584,8 @@ def mix(args: argparse.Namespace) -> None:
             problems.append(problem)
     check(problems, f"{args.answers}: no answer was cut off; --continue-all takes all")
     write_jsonl(args.out, problems)
-    alone = sum(str(record["id"]) not in longest for _, record in answers)
-    print(f"{args.out}: {len(problems)} of {len(answers)} kept; no right trace for {alone}")
+    missing = sum(str(record["id"]) not in longest for _, record in answers)
+    print(f"{args.out}: {len(problems)} of {len(answers)} kept, no right trace: {missing}")
 
 # ---- The toy world: a digit and six operations modulo 10
 LETTERS = "abcdef"

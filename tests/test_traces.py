@@ -580,7 +580,7 @@ def test_mix(toy_model, tmp_path, capsys):
     assert lengths == {5, 6, 7, 8, 9}
     capsys.readouterr()
     data.main([*command, "0", "--continue-all"])
-    assert capsys.readouterr().out.endswith("out.jsonl: 4 of 5 kept; no right trace for 1\n")
+    assert capsys.readouterr().out.endswith("out.jsonl: 4 of 5 kept, no right trace: 1\n")
     problems = evaluate.load_problems(tmp_path / "out.jsonl")
     assert [problem["id"] for problem in problems] == ["0/2", "1/0", "2/0", "3/0"]
     assert tokenizer.eot_id not in problems[2]["prefix"] and len(problems[2]["prefix"]) >= 3
