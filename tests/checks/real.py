@@ -1,4 +1,4 @@
-"""Real weights in one command, next to transformers: python tests/real.py
+"""Real weights in one command, next to transformers: python tests/checks/real.py
 
 --model NAME_OR_FOLDER is SmolLM2-135M-Instruct from the Hub by default. --gguf FILE is taken apart
 into a folder first; that needs `pip install gguf` and, for the exact tokenizer, --tokenizer. The
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from server import ungraded
 
 import data
@@ -112,7 +112,7 @@ def compare_loading(folder: Path) -> None:
     found = []
     for code in LOADERS:
         runs = [subprocess.run([sys.executable, "-c", code, folder], check=True, text=True,
-                               capture_output=True, cwd=Path(__file__).parents[1])
+                               capture_output=True, cwd=Path(__file__).parents[2])
                 for _ in range(2)]  # the second reads from the page cache
         found.append([float(word) for word in runs[1].stdout.split()])
     (seconds, kb), (their_seconds, their_kb) = found

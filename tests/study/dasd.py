@@ -1,4 +1,4 @@
-"""DASD's three stages in the toy world, next to SFT and DisCorD: python tests/dasd.py [SEED...]
+"""DASD's three stages in the toy, beside SFT and DisCorD, by python tests/study/dasd.py [SEED...]
 
 The same teacher's traces for all (one answer to each problem at temperature 0.6, four at 1), the
 same 800 steps of 64, each objective at its best rate. Not a test: about two minutes a seed, into
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
 import train

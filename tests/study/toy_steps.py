@@ -1,4 +1,4 @@
-"""What a student of the toy world does, step by step: python tests/toy_steps.py FOLDER...
+"""What a student of the toy world does, step by step: python tests/study/toy_steps.py FOLDER...
 
 For the greedy answers to the held-out problems: the share of right values after each operation,
 given the last value that the student wrote; of those behind a skipped value (merged); and the
@@ -8,7 +8,7 @@ share of skipped values. Not a test.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
 

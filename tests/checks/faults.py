@@ -1,4 +1,4 @@
-"""Kills commands with SIGKILL at random moments and resumes them: python tests/faults.py [KILLS]
+"""Kills commands at random moments and resumes them: python tests/checks/faults.py [KILLS]
 
 What comes out must be what an uninterrupted run leaves, byte for byte (weights on a CPU in fp32,
 answers). Needs what `python train.py` leaves in runs/toy. Not a test: six seconds a kill.
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).parents[2]
 TOY = HOME / "runs" / "toy"
 COMMANDS: dict[str, list] = {  # what is killed, and the file that is compared
     "answers.jsonl": ["evaluate.py", "accuracy", "--model", TOY / "seed0/student", "--benchmark",

@@ -1,9 +1,9 @@
-"""Ours against transformers and TRL on the same work: python tests/bench.py [ROW...]
+"""Ours against transformers and TRL on the same work: python tests/checks/bench.py [ROW...]
 
 One table: medians of the ratio over alternating rounds, and their spread. The same random weights
 on both sides; a Qwen2 of Qwen2.5's vocabulary, narrow enough for a CPU, the real 0.5B and 1.5B
 shapes on a GPU (--shape). Not a test; --rounds 5 takes about ten minutes on two cores, five on a
-GPU. `python tests/bench.py options loop` compares with and without --compile and --recompute.
+GPU. The rows `options` and `loop` compare with and without --compile and --recompute.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
 import train

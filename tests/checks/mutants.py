@@ -1,4 +1,4 @@
-"""Breaks the code in one place after the other and runs the tests: python tests/mutants.py
+"""Breaks the code in one place after the other and runs the tests: python tests/checks/mutants.py
 
 Each line of MUTANTS is (file, what stands there, what stands there instead). A mutant that the tests
 let live is printed; it says which test is missing. Not a test itself: about a quarter of a minute a
@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).parents[2]
 MUTANTS = [
     # ---- loss.py: signs, axes, p and q exchanged, a missing detach, tau inverted
     ("loss.py", "(log_p.exp() * (log_p - log_q)).sum(-1)", "(log_q.exp() * (log_p - log_q)).sum(-1)"),

@@ -1,8 +1,8 @@
 """The bridge to transformers' Trainer on real weights, or on several processes.
 
-    python tests/doors.py STUDENT TRACES
+    python tests/checks/doors.py STUDENT TRACES
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
-        --dynamo_backend no tests/doors.py STUDENT TRACES
+        --dynamo_backend no tests/checks/doors.py STUDENT TRACES
 
 On a CPU, too, it takes --multi_gpu: with --cpu, accelerate starts one process and says nothing.
 A few steps by the Trainer and by train.py: the same losses, the same norms of the gradient and the
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_bridge import DisCorD, trainer
 

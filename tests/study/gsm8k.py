@@ -1,6 +1,6 @@
 """SFT, DFT, KL, reverse KL and DisCorD on GSM8K: the README's three commands for each of them.
 
-    python tests/gsm8k.py --teacher Qwen/Qwen2.5-1.5B-Instruct --student Qwen/Qwen2.5-0.5B
+    python tests/study/gsm8k.py --teacher Qwen/Qwen2.5-1.5B-Instruct --student Qwen/Qwen2.5-0.5B
 
 The traces come from the training split without its last problems; on these, each objective gets
 its rate from one grid; the test split gives the table. What is there is not done again, so the
@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "checks"))
 from server import ungraded
 
 import data
@@ -27,7 +28,7 @@ import loss
 import train
 from model import check, read_json
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).parents[2]
 NEEDS_TEACHER = {"kl", "rkl"}
 COLUMNS = ["run", "lr", "greedy", "- SFT", "avg@4", "- SFT ", "ExAccErr, %", "tokens", "steps",
            "sec.", "GB"]
@@ -77,7 +78,7 @@ class Study:
         """`name` may be dft, which train.py does not know."""
         script = ["train.py"]
         if name == "dft":
-            script, name = ["tests/gsm8k.py", "dft"], "sft"
+            script, name = ["tests/study/gsm8k.py", "dft"], "sft"
         teacher = ["--teacher", self.args.teacher] if name in NEEDS_TEACHER else []
         run(self.log, *script, "--student", student, "--traces", traces, "--out", out, "--seed",
             self.args.seed, "--objective", name, "--resume", *self.more, *teacher, *more)

@@ -1,4 +1,4 @@
-"""What helps, when does it hurt, what does the teacher's number add? python tests/study.py [PART]
+"""What helps, when does it hurt, what does the teacher add? python tests/study/study.py [PART]
 
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
 import loss
@@ -489,7 +489,7 @@ def draw_result() -> None:
     figure.savefig(FIGURES / "result.png")
 
 def figures() -> None:
-    """tests/figures/result.png from main, tests/figures/study.png from rates and shares."""
+    """Draw figures/result.png from main, figures/study.png from rates and shares."""
     plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
                           "axes.spines.top": False, "axes.spines.right": False})
     draw_result()
