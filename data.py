@@ -1,4 +1,4 @@
-"""Tokenizers, traces, batches and the toy; the commands score, select and mix.
+"""Tokenizers, traces and batches; the commands score, select and mix.
 
 A trace is one JSON object per line:
 
@@ -6,11 +6,12 @@ A trace is one JSON object per line:
 ...          "teacher_logprobs": [-0.39, -0.31, -0.0, 0.0], "correct": True}
 
 `prompt` is what the user says. `messages`, a list of {"role", "content"}, can replace it
-and can end in the response. Optional: `tokens`, ids of the response and its end of turn;
-`teacher_logprobs`, the log-probability of each (natural log, temperature 1); what these are
-compared with: `prompt_tokens` (ids or their number), `vocab` (a hash). A trace with a false
-`correct` or `finished` is dropped and counted. Its path: load_traces, encode_trace,
-step_examples, [train.resample_on_policy], collate, train.backward, loss.token_losses.
+and can end in the response. Optional: `tokens`, the ids of the response and its end of
+turn; `teacher_logprobs`, the log-probability of each (natural log, temperature 1);
+`prompt_tokens` (ids or their number), which must be those of the student's prompt; `vocab`,
+which must be the hash of its tokenizer. A trace with a false `correct` or `finished` is
+dropped and counted. Its path: load_traces, encode_trace, step_examples,
+[train.resample_on_policy], collate, train.backward, loss.token_losses.
 """
 
 import argparse
@@ -38,179 +39,34 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
-from model import BadInput, Config, KVCache, Transformer, check, model_folder, read_json
+import loss
+from model import BadInput, Transformer, check, model_folder, read_json
 
-PathLike = str | Path
-# ---- Files and command lines, for the three programs
-MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
-FORMATS = {  # what is not JSONL of traces, and the rows that make it so
-    "gzip": "map(json.loads, gzip.open(FILE))",
-    "Parquet": 'json.loads(__import__("pandas").read_parquet(FILE)'
-               '.to_json(orient="records"))',
-    "a JSON array": "json.load(open(FILE))",
-    "ShareGPT": '({**r, "messages": [{"role": {"human": "user", "gpt": "assistant"}.get('
-                't["from"], t["from"]), "content": t["value"]} for t in r["conversations"]]'
-                "} for _, r in data.read_jsonl(FILE))",
-    "Alpaca": '({**r, "prompt": (r["instruction"] + "\\n\\n" + (r.get("input") or ""))'
-              '.strip(), "response": r["output"]} for _, r in data.read_jsonl(FILE))',
-}
-
-def conversion(name: str, where: str) -> str:
-    """What to say of a file in another format: its name, and a command that converts it."""
-    rows = FORMATS[name].replace("FILE", json.dumps(where.partition(" line ")[0]))
-    return (f"this is {name}, not JSONL of traces; convert it with python -c 'import "
-            f"data, gzip, json; data.write_jsonl(\"new.jsonl\", {rows})'")
-
-def read_jsonl(path: PathLike) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE line K", record) for each line that is not blank."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where, hint = f"{path} line {number}", ""
-            for start, name in MAGIC.items():
-                if number == 1 and line.startswith(start):
-                    hint = f"; {conversion(name, where)}"
-            try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # no half of an emoji
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: not valid JSON: {error!s:.200}{hint}") from error
-            check(isinstance(record, dict), f"{where}: not a JSON object{hint}")
-            yield where, record
-
-@contextmanager
-def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path for a file or folder; move it to `path` once it is whole."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}). Older files are whole; make "
-                       "room, then add --resume") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
-
-def write_lines(path: Path, records: Iterable[dict], mode: str = "w") -> None:
-    with open(path, mode, encoding="utf-8") as file:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            file.write(line + "\n")
-
-def write_jsonl(path: PathLike, records: Iterable[dict]) -> None:
-    with atomic_write(path) as temporary:
-        write_lines(temporary, records)
-
-def cut_half_line(path: Path) -> None:
-    """Remove the last line if a killed process did not finish it."""
-    with open(path, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-def check_same_settings(file: Path, before: dict, now: dict) -> None:
-    """Raise if a setting differs from the saved run."""
-    for key, value in now.items():
-        check(before.get(key) == value, f"{file}: cannot resume: {key} was "
-              f"{before.get(key)}, is now {value}")
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable:
-    """A type for argparse: an int or a float from low to high."""
-    def numeric(text: str) -> float:
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text}: must be from {low:g} to {high:g}")
-    return numeric
-
-def add_model_options(add: Callable) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help=f"cpu or cuda (default here: {device})")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the computation (default: "
-        "bfloat16 on a GPU, float32 on a CPU)")
-
-def parse_args(parser: argparse.ArgumentParser,
-               argv: list[str] | None) -> argparse.Namespace:
-    """Parse a command line; a --dtype that is not given depends on --device."""
-    args = parser.parse_args(argv)
-    if "dtype" in args:
-        args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    return args
-
-def run_command(main: Callable) -> None:
-    """Run a program. Bad input and interrupts become one line, not a traceback."""
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory: halve --batch-size (train.py: and double "
-                 f"--grad-accum); {error!s:.120}")
-    except (BadInput, OSError, SafetensorError, re.error) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; to continue training or an evaluation, add --resume")
-
-def progress(items: Iterable, name: str) -> tqdm:
-    """A bar on a terminal; elsewhere, a line a minute."""
-    if sys.stderr.isatty():
-        return tqdm(items, name, delay=1)
-    form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go\n"
-    return tqdm(items, name, bar_format=form, delay=60, mininterval=60)
-
-# ---- Tokenizers and chat templates
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-# Chat templates come from strangers. This sandbox, the one of transformers, keeps them from
-# files and from Python's internals, but not from running forever.
-TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                          extensions=["jinja2.ext.loopcontrols"])
-# Llama 3's template prints a date. It is always its default, so a prompt stays the same.
-TEMPLATES.globals.update(raise_exception=raise_exception,
-                         strftime_now=datetime(2024, 7, 26).strftime)
-
+# ---- Tokenizer and chat template
 class Tokenizer:
     """tokenizer.json, chat template and end-of-turn token of a Hugging Face folder."""
 
-    def __init__(self, path_or_repo: PathLike):
+    def __init__(self, path_or_repo: str | Path):
         self.folder = model_folder(path_or_repo)
-        file = self.folder / "tokenizer.json"
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises no narrower class
-            raise BadInput(f"{file}: missing, or not a tokenizer: {error}") from error
-        self.backend.no_padding()  # some files have padding or truncation baked in
-        self.backend.no_truncation()
-        self.vocab = self.backend.get_vocab()
-        self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
-        words = "\n".join(sorted(self.vocab, key=lambda word: self.vocab[word]))
-        self.vocab_hash = hashlib.sha256(words.encode()).hexdigest()[:8]
         file = self.folder / "tokenizer_config.json"
         config = read_json(file) if file.exists() else {}
-        if config.get("legacy") is False and "\u2581" in self.vocab:
-            # Llama 2 puts a word mark before a text, not behind each special token.
-            self.backend.normalizer = None
-            self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-                prepend_scheme="first", split=False)
-        self.special_tokens = {}
+        self.backend = read_tokenizer(self.folder / "tokenizer.json", config)
+        self.template = read_chat_template(self.folder, config)
+        self.special_tokens = {}  # "eos_token" and so on; templates print them
         for key, value in config.items():
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
                 self.special_tokens[key] = content
-        source = config.get("chat_template")
-        file = self.folder / "chat_template.jinja"
-        if file.exists():
-            source = file.read_text(encoding="utf-8")
-        try:
-            if isinstance(source, list):  # several templates, each with a name
-                source = {entry["name"]: entry["template"] for entry in source}["default"]
-            self.template = TEMPLATES.from_string(source) if source else None
-        except (jinja2.TemplateError, LookupError, TypeError) as error:
-            raise BadInput(f"{self.folder}: chat template: {error!s:.300}") from error
-        self.eot_id = self._find_end_of_turn()
+        self.vocab = self.backend.get_vocab()
+        self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
+        words = "\n".join(sorted(self.vocab, key=self.vocab.__getitem__))
+        self.vocab_hash = hashlib.sha256(words.encode()).hexdigest()[:8]
+        self.unknown_id = self.vocab.get(self.special_tokens.get("unk_token"))
+        self.eot_id = self.find_end_of_turn()
         ends = [self.backend.id_to_token(self.eot_id), self.special_tokens.get("eos_token")]
         self.ends = rf"(?:(?:{'|'.join(map(re.escape, filter(None, ends)))})\s*)+\Z"
 
-    def _find_end_of_turn(self) -> int:
+    def find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
         candidates = []
         if self.template is not None:
@@ -219,18 +75,16 @@ class Tokenizer:
             text = self.apply_chat_template(turns, add_generation_prompt=False)
             _, answer, after = text.rpartition("ANSWER")
             if answer:  # a template may have no place for an answer
-                candidates = self.backend.encode(after, add_special_tokens=False).tokens
-        candidates.append(self.special_tokens.get("eos_token", ""))
-        added = self.backend.get_added_tokens_decoder()
+                candidates = self.encode(after)
+        candidates.append(self.vocab.get(self.special_tokens.get("eos_token")))
         for token in candidates:
-            if self.vocab.get(token) in added:
-                return self.vocab[token]
+            if token in self.backend.get_added_tokens_decoder():
+                return token
         raise BadInput(f"{self.folder}: no end-of-turn token in the chat template, and no "
                        "eos_token in tokenizer_config.json")
 
-    def apply_chat_template(self, messages: list[dict],
-                            add_generation_prompt: bool = True,
-                            where: str = "", **options: object) -> str:
+    def apply_chat_template(self, messages: list[dict], where: str = "",
+                            add_generation_prompt: bool = True, **options: object) -> str:
         """The text that a model is given. Every prompt of the project is rendered here."""
         where = where or str(self.folder)
         if self.template is None:
@@ -248,11 +102,11 @@ class Tokenizer:
               "question, or an answer that would be in the prompt; remove it or `response`")
         marked = [{**turn, "content": f"{turn['content']}[turn {i}]"}
                   for i, turn in enumerate(messages)]
-        rendered = self.apply_chat_template(marked, where=where)
+        rendered = self.apply_chat_template(marked, where)
         for i, turn in enumerate(messages):
             check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
                   f"turn of role {turn['role']!r}; use system, user and assistant")
-        text = self.apply_chat_template(messages, where=where)
+        text = self.apply_chat_template(messages, where)
         return self.encode(text, bos=self.template is None)  # a template writes BOS itself
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
@@ -260,7 +114,7 @@ class Tokenizer:
 
     def encode_response(self, text: str) -> list[int]:
         """The ids of a response and of one end of turn, which some texts have already.
-        SentencePiece puts a word mark before a text. Behind a prompt, there is none."""
+        SentencePiece puts a word mark before a text. After a prompt, there is none."""
         start = "\n" if "\u2581" in self.vocab else ""
         ids = self.encode(start + re.sub(self.ends, "", text))
         return [*ids[len(self.encode(start)):], self.eot_id]
@@ -271,26 +125,7 @@ class Tokenizer:
             ids = ids[:-1]
         return self.backend.decode(ids, skip_special_tokens=False)
 
-def replay_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """A decoding step as one launch instead of 700: 3 ms instead of 11 for 0.5B on a H200.
-    The first step of a shape runs as usual, the second one is recorded as a CUDA graph;
-    from then on, the recorded kernels run again, on the same addresses."""
-    shape = (*tokens.shape, cache.used // 64)  # columns come 64 at a time
-    if shape != getattr(cache, "shape", None):
-        cache.shape, cache.graph = shape, None
-        return model(tokens, cache)
-    if cache.graph is None:
-        cache.tokens = tokens.clone()
-        cache.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cache.graph):
-            cache.hidden = model(cache.tokens, cache)
-    else:
-        cache.used += 1
-    cache.tokens.copy_(tokens)
-    cache.graph.replay()
-    return cache.hidden
-
-def load(path_or_repo: PathLike, dtype: str = "float32",
+def load(path_or_repo: str | Path, dtype: str = "float32",
          device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer. The model also stops at the template's end of turn, which
     the config of a base model does not name (Qwen2.5: <|im_end|>)."""
@@ -300,8 +135,6 @@ def load(path_or_repo: PathLike, dtype: str = "float32",
     check(tokenizer.vocab_size <= model.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
           f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}")
     model.vocab_size = tokenizer.vocab_size
-    if device != "cpu":
-        model.decode = replay_step
     model.eos_token_ids = sorted({*model.eos_token_ids, tokenizer.eot_id})
     return model, tokenizer
 
@@ -312,32 +145,36 @@ class Example(NamedTuple):
     prompt_length: int
     teacher_logp: np.ndarray | None = None  # [response] float32: log p of each token
 
+TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "prompt_tokens",
+                "teacher_logprobs", "vocab", "finished", "correct", "teacher",
+                "temperature", "sample", "rendered", "extracted", "setup"}
+# Fields that hold a part of a trace or of a turn, and that nothing here reads.
+TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
+UNSUPPORTED_FIELDS = {
+    "reasoning_content": TO_TEXT, "reasoning": TO_TEXT, "thinking": TO_TEXT,
+    **dict.fromkeys(["tools", "tool_calls", "functions", "function_call"], "remove it")}
+
 def text_field(record: dict, where: str, *names: str) -> str:
     """The first of these fields that the record has. It must be text, and not empty."""
     text = next((record[name] for name in names if name in record), None)
     check(isinstance(text, str) and text.strip(), f"{where}: {' or '.join(names)} = "
-          f"{str(text)[:40]!r}: expected text that is not empty")
+          f"{str(text)[:40]!r}: expected text; the fields here: {', '.join(record)}")
     return text
-
-# Fields of a trace or of a turn that hold a part of it, and that nothing here reads.
-TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
-UNREAD = dict.fromkeys(["reasoning_content", "reasoning", "thinking"], TO_TEXT)
-UNREAD |= dict.fromkeys(["tools", "tool_calls", "functions", "function_call"],
-                        "tools are not supported; remove the trace")
 
 def get_messages(record: dict, where: str) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
-    turns = record.get("messages")
-    if "messages" not in record:
-        for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
-            if field in record and "prompt" not in record:
-                raise BadInput(f"{where}: {conversion(name, where)}")
+    for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
+        other = field in record and "prompt" not in record and "messages" not in record
+        check(not other, f"{where}: {name} format; write `messages` or `prompt` instead")
+    if "messages" in record:
+        turns = record["messages"]
+    else:
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
     for fields in [record, *turns]:
-        for name, advice in UNREAD.items():
-            unread = isinstance(fields, dict) and fields.get(name)
-            check(not unread, f"{where}: {name} would be lost; {advice}")
+        for name, advice in UNSUPPORTED_FIELDS.items():
+            lost = isinstance(fields, dict) and fields.get(name)
+            check(not lost, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
         texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
         check(texts and all(isinstance(text, str) for text in texts),
@@ -350,21 +187,8 @@ def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
         return messages[:-1], text_field(messages[-1], where, "content")
     return messages, text_field(record, where, "response")
 
-def trace_fields(ids: list[int], logp: Iterable, tokenizer: Tokenizer,
-                 finished: bool) -> dict:
-    """Write a sampled response. `tokens` is left out if the text gives the same ids."""
-    text = tokenizer.decode(ids[:-1] if finished else ids)
-    fields = {"response": text, "finished": finished, "teacher_logprobs": round_logp(logp),
-              "vocab": tokenizer.vocab_hash}
-    if ids != tokenizer.encode_response(text):
-        fields["tokens"] = ids
-    return fields
-
-def round_logp(logp: Iterable) -> list[float]:
-    return [round(float(value), 4) for value in logp]
-
 def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
-    """Read the ids of a response, its end of turn last: `tokens`, or else the text's."""
+    """The ids of a response, its end of turn last: `tokens`, or else the text's."""
     response = prompt_and_response(record, where)[1]
     ids = record.get("tokens")
     if ids is None:
@@ -379,70 +203,74 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
           "tokenizer? Then remove them and teacher_logprobs; use --objective sft")
     return ids
 
+def read_logprobs(record: dict, count: int, tokenizer: Tokenizer, where: str) -> np.ndarray:
+    check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
+          "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
+    values = record.get("teacher_logprobs") or []
+    check(isinstance(values, list) and len(values) == count, f"{where}: teacher_logprobs: "
+          f"expected {count} numbers, one for each token and the end of turn, not "
+          f"{str(values)[:40]}; `python data.py score` makes them")
+    for value in values:
+        valid = type(value) in (int, float) and -math.inf < value <= 1e-3
+        check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability: "
+              "these are finite and at most 0 (a loss or a probability is above)")
+    return np.array(values, dtype=np.float32)
+
 def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
-                 teacher: bool = False) -> Example:
-    """Read a trace as tokens; with `teacher`, it must have teacher_logprobs. Prompt and
-    response are tokenized separately: in one string, tokens can merge across the seam."""
+                 need_logprobs: bool = False) -> Example:
+    """A trace as tokens. Prompt and response are tokenized separately: in one string,
+    tokens can merge across the seam."""
     prompt = tokenizer.encode_prompt(prompt_and_response(record, where)[0], where)
     ids = response_ids(record, tokenizer, where)
     given = record.get("prompt_tokens")  # the ids of the teacher's prompt, or their number
-    if given not in (None, len(prompt), prompt):
-        count = len(given) if isinstance(given, list) else given
-        raise BadInput(f"{where}: prompt_tokens: {count} there, {len(prompt)} other ones "
-                       f"here: {tokenizer.decode(prompt)!r:.200}; was the trace made under "
-                       "another prompt, perhaps with a default system prompt or a date?")
+    count = len(given) if isinstance(given, list) else given
+    check(given in (None, len(prompt), prompt), f"{where}: prompt_tokens: the teacher saw "
+          f"{count} tokens, the student's template gives {len(prompt)} or other ones: "
+          f"{tokenizer.decode(prompt)!r:.200}. Is there another system prompt, or a date?")
     think = tokenizer.vocab.get("<think>")
     if ids[0] == think and think in prompt[-2:]:  # the template opens the thinking, too
         prompt = prompt[:prompt.index(think, -2)]
     check(prompt, f"{where}: the prompt has no token, so nothing predicts the response")
-    logp = None
-    if teacher:
-        check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
-              "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
-        values = record.get("teacher_logprobs") or []
-        check(isinstance(values, list) and len(values) == len(ids),
-              f"{where}: teacher_logprobs: expected {len(ids)} numbers, one for each token "
-              f"and the end of turn, not {str(values)[:40]}. Score it with `python data.py "
-              "score`, or check that both models share a tokenizer")
-        for value in values:
-            valid = type(value) in (int, float) and -math.inf < value <= 1e-3
-            check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability: "
-                  "these are finite and at most 0 (a loss or a probability is above)")
-        logp = np.array(values, dtype=np.float32)
+    logp = read_logprobs(record, len(ids), tokenizer, where) if need_logprobs else None
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
 
-def drop_reason(record: dict, where: str = "trace", teacher: bool = False) -> str:
-    """Why a trace is dropped, or "". With `teacher`, it needs all its log-probabilities."""
+def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
+    """Why a trace is dropped; "" if it is usable."""
     for name, reason in (("finished", "unfinished"), ("correct", "wrong")):
         value = record.get(name)  # spreadsheets write 0 and 1; null is unknown
         check(value in (None, False, True), f"{where}: {name} {value!r}: not true or false")
         if value == 0:
             return reason
-    values = record.get("teacher_logprobs") if teacher else None
+    values = record.get("teacher_logprobs") if need_logprobs else None
     if isinstance(values, list) and (None in values or -9999 in values):  # vLLM's -inf
         return "with a log-probability of null or -9999"
     return ""
 
-def load_traces(path: PathLike, tokenizer: Tokenizer, max_length: float = math.inf,
-                teacher: bool = False,
+def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
+                need_logprobs: bool = False,
                 records: list | None = None) -> tuple[list[Example], Counter]:
     """The usable traces, and counts of the dropped ones by reason; `records` gets their
     lines. A long trace is not cut: half a trace teaches the student not to stop."""
-    examples, dropped = [], Counter()
+    examples, dropped, unread, unknown = [], Counter(), Counter(), 0
     for where, record in progress(read_jsonl(path), "reading traces"):
-        reason = drop_reason(record, where, teacher)
+        unread.update(record.keys() - TRACE_FIELDS)
+        reason = drop_reason(record, where, need_logprobs)
         if not reason:
-            example = encode_trace(record, tokenizer, where, teacher)
+            example = encode_trace(record, tokenizer, where, need_logprobs)
             if len(example.tokens) > max_length:
                 reason = f"longer than {max_length} tokens"
         if reason:
             dropped[reason] += 1
             continue
+        unknown += np.sum(example.tokens == tokenizer.unknown_id)
         examples.append(example)
         if records is not None:
             records.append(record)
+    print_unread(path, unread)
+    if unknown:
+        print(f"{path}: {unknown} tokens are words that the tokenizer does not know")
     check(examples, f"{path}: no usable trace; dropped: {dict(dropped) or 'none'}")
-    check(not teacher or any(example.teacher_logp.any() for example in examples),
+    check(not need_logprobs or any(example.teacher_logp.any() for example in examples),
           f"{path}: all teacher_logprobs are 0, as processed at temperature 0; ask for raw "
           "ones (vLLM: logprobs_mode raw_logprobs), or use `python data.py score`")
     return examples, dropped
@@ -488,13 +316,12 @@ def collate(examples: list[Example], device: str = "cpu") -> Batch:
         arrays.append(np.concatenate(logps))
     return Batch(*[torch.from_numpy(array).to(device) for array in arrays])
 
-def show_example(example: Example, tokenizer: Tokenizer) -> str:
-    """The text of a trace, with its supervised tokens in brackets."""
-    ids, start = example.tokens.tolist(), example.prompt_length
-    response = tokenizer.backend.decode(ids[start:], skip_special_tokens=False)
-    return f"{tokenizer.decode(ids[:start])}[{response}]"
+# ---- The commands score, select and mix
+def map_rows(function: Callable, *rows: Tensor) -> Tensor:
+    """`function` of N rows, 256 at a time, since it makes logits, which are V wide."""
+    parts = zip(*(tensor.split(256) for tensor in rows), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
-# ---- The commands score, select and mix: JSONL in, JSONL out
 @torch.no_grad()
 def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> list:
     """fp32 log-probabilities, at temperature 1, of the tokens of each response."""
@@ -502,31 +329,40 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
     order = np.argsort([len(example.tokens) for example in examples], kind="stable")
     results: list = [None] * len(examples)
     for start in progress(range(0, len(order), batch_size), "scoring"):
-        rows = order[start:start + batch_size]
-        batch = collate([examples[i] for i in rows], device)
+        chosen = order[start:start + batch_size]
+        batch = collate([examples[i] for i in chosen], device)
         hidden = model(batch.tokens).flatten(0, 1)[batch.positions]  # [N, D]
-        chunks = []  # logits are V wide, so 256 rows at a time have them
-        for part, y in zip(hidden.split(256), batch.labels.split(256), strict=True):
-            log_q = model.logits(part).float().log_softmax(-1)
-            chunks.append(log_q.gather(-1, y[:, None])[:, 0])
-        logp = torch.cat(chunks).cpu().numpy()
-        for i in rows:
+        logp = map_rows(lambda h, y: -loss.sft(model.logits(h), y),
+                        hidden, batch.labels).cpu().numpy()
+        for i in chosen:
             length = len(examples[i].tokens) - examples[i].prompt_length
             results[i], logp = logp[:length], logp[length:]
     return results
 
+def load_scored(path_or_repo: str, args: argparse.Namespace, need_logprobs: bool,
+                count: int | None = None) -> tuple:
+    """The tokenizer, records and examples of the first traces; the model's log q of each."""
+    model, tokenizer = load(path_or_repo, compute_dtype(args), args.device)
+    records: list = []
+    examples, dropped = load_traces(args.traces, tokenizer, need_logprobs=need_logprobs,
+                                    max_length=model.config.max_position_embeddings,
+                                    records=records)
+    print(f"{args.traces}: {len(records)} traces; dropped: {dict(dropped) or 'none'}")
+    examples = examples[:count]
+    return tokenizer, records, examples, response_logp(model, examples)
+
 def score(args: argparse.Namespace) -> None:
     """Add a local teacher's log-probabilities to traces."""
-    teacher, tokenizer = load(args.teacher, args.dtype, args.device)
-    records: list = []
-    examples, dropped = load_traces(args.traces, tokenizer, records=records)
-    logps = response_logp(teacher, examples)
+    tokenizer, records, _, logps = load_scored(args.teacher, args, False)
     for record, logp in zip(records, logps, strict=True):
         record["teacher"] = args.teacher
         record["teacher_logprobs"] = round_logp(logp)
         record["vocab"] = tokenizer.vocab_hash
     write_jsonl(args.out, records)
-    print(f"{args.out}: {len(records)} traces scored; dropped: {dict(dropped)}")
+    print(f"{args.out}: {len(records)} traces scored")
+
+def round_logp(logp: Iterable) -> list[float]:
+    return [round(float(value), 4) for value in logp]
 
 def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
                    separator: re.Pattern) -> np.ndarray:
@@ -542,34 +378,35 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
     return np.bincount(sentence, logp)[count > 0] / count[count > 0]
 
 def select(args: argparse.Namespace) -> None:
-    """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with most
-    sentences that the teacher finds twice as likely as the student, per token."""
-    student, tokenizer = load(args.student, args.dtype, args.device)
-    records: list = []
-    examples, dropped = load_traces(args.traces, tokenizer, math.inf, True, records)
+    """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with the largest
+    share of sentences whose tokens the teacher finds, on average, at least twice as likely
+    as the student does."""
+    tokenizer, records, examples, logps = load_scored(args.student, args, True)
     shares = []
-    for example, q_logp in zip(examples, response_logp(student, examples), strict=True):
+    for example, q_logp in zip(examples, logps, strict=True):
         p = sentence_means(tokenizer, example, example.teacher_logp, args.separator)
         q = sentence_means(tokenizer, example, q_logp, args.separator)
         shares.append(np.mean(p - q > math.log(2)))
     ranked = np.argsort(-np.array(shares), kind="stable")
     kept = np.sort(ranked[:math.ceil(args.keep * len(records))])
     write_jsonl(args.out, [records[i] for i in kept])
-    print(f"{args.out}: kept {len(kept)} of {len(shares)} traces; dropped: {dict(dropped)}")
+    print(f"{args.out}: kept {len(kept)} of {len(shares)} traces")
 
 def mix(args: argparse.Namespace) -> None:
     """DASD's mixed-policy distillation (arXiv 2601.09088): student answers that were cut
     off or are 1.5 times as long as the teacher's become problems: the teacher completes a
     `prefix` that ends at a random point in the second half."""
     tokenizer, rng = Tokenizer(args.student), random.Random(args.seed)
-    longest = Counter()  # problem: tokens of the teacher's longest right answer
-    for where, record in read_jsonl(args.traces):
-        if not drop_reason(record, where):
-            name = str(record.get("id"))
-            longest[name] = max(longest[name], len(response_ids(record, tokenizer, where)))
-    problems, answers = [], list(read_jsonl(args.answers))
-    for where, record in answers:
+    traces, answers = list(read_jsonl(args.traces)), list(read_jsonl(args.answers))
+    for where, record in traces + answers:
         check("id" in record, f"{where}: no id, so its problem is unknown")
+    longest = Counter()  # problem: tokens of the teacher's longest right answer
+    for where, record in traces:
+        if not drop_reason(record, where):
+            name = str(record["id"])
+            longest[name] = max(longest[name], len(response_ids(record, tokenizer, where)))
+    problems = []
+    for where, record in answers:
         ids, limit = [], int(1.5 * longest[str(record["id"])])
         if record.get("response"):
             ids = response_ids(record, tokenizer, where)[:limit]
@@ -587,101 +424,188 @@ def mix(args: argparse.Namespace) -> None:
     missing = sum(str(record["id"]) not in longest for _, record in answers)
     print(f"{args.out}: {len(problems)} of {len(answers)} kept, no right trace: {missing}")
 
-# ---- The toy world: a digit and six operations modulo 10
-LETTERS = "abcdef"
-SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-TOY_TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }} \
-{{ '<end> ' if m.role == 'assistant' }}{% endfor %}\
-{{ '<assistant>' if add_generation_prompt }}"""
-
-def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> dict:
-    """A problem and the value after each operation, then the answer. `times` is the share
-    of multiplications, `skip` the probability that a value is left out."""
-    value = rng.randrange(10)
-    words, values = [str(value)], []
-    for letter in LETTERS:
-        sign = "*" if rng.random() < times else rng.choice("+-")
-        digit = rng.choice("234")
-        words.append(letter + sign + digit)
-        value = SIGNS[sign](value, int(digit)) % 10
-        values.append(f"{letter}={value}")
-    written, step = [], 0
-    while step < len(LETTERS):
-        if step + 1 < len(LETTERS) and rng.random() < skip:
-            step += 1
-        written.append(values[step])
-        step += 1
-    response = " ".join([*written, f"#### {value}"])
-    return {"prompt": " ".join(words), "response": response, "answer": str(value)}
-
-def save_toy_tokenizer(folder: Path) -> int:
-    """One token for each word of the toy world, as files of a Hugging Face tokenizer."""
-    words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10))]
-    words += [letter + sign + k for letter in LETTERS for sign in SIGNS for k in "234"]
-    words += [f"{letter}={value}" for letter in LETTERS for value in range(10)]
-    vocab = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(words[:4])
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>",
-              "unk_token": "<unk>", "chat_template": TOY_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return len(words)
-
-def save_toy_model(folder: Path, layers: int, width: int, seed: int) -> None:
-    """An untrained Llama with the toy's tokenizer."""
-    torch.manual_seed(seed)
-    config = Config({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": 4})
-    Transformer(config).save_pretrained(folder)
-
-def build_toy(root: Path, seed: int) -> None:
-    """Untrained models, lessons, training and held-out problems. Existing problems stay.
-    The seed changes the student, its lessons and its problems, not the teacher."""
-    home = root / f"seed{seed}"
-    save_toy_model(root / "blank-teacher", layers=2, width=96, seed=0)
-    save_toy_model(home / "blank-student", layers=1, width=48, seed=seed + 1)
-    def write(file: Path, count: int, **options: float) -> None:
-        if not file.exists():
-            rng = random.Random(str(file.relative_to(root)))
-            traces = [{"id": i, **toy_trace(rng, **options)} for i in range(count)]
-            write_jsonl(file, traces)
-
-    write(root / "lessons.jsonl", 30000, skip=0.6)
-    write(root / "held-out.jsonl", 1000)
-    write(home / "lessons.jsonl", 8000, times=0.1)
-    write(home / "problems.jsonl", 4000)
-
-# ---- The command line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="JSONL in, JSONL out.")
+    parser = argparse.ArgumentParser(description="Commands that read and write JSONL.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function in (score, select, mix):
-        about = function.__doc__
-        command = commands.add_parser(function.__name__, help=about, description=about)
-        command.set_defaults(run=function)
-        add = command.add_argument
+        add = add_command(commands, function)
         model = "--teacher" if function is score else "--student"
         add(model, required=True, help="HF folder or Hub name")
         add("--traces", required=True, help="T.jsonl: the teacher's traces")
-        add("--out", required=True, help="OUT.jsonl")
         if function is mix:
             add("--answers", required=True, help="A.jsonl: the student's answers")
+        add("--out", required=True, help="OUT.jsonl")
+        if function is mix:
             add("--continue-all", action="store_true", help="continue short answers, too")
-            add("--seed", type=number(int, 0), default=0, help="of the cuts (default: 0)")
+            add("--seed", type=bounded(int, 0), default=0, help="of where prefixes end")
         else:
             add_model_options(add)
         if function is select:
-            add("--keep", type=number(float, 1e-9, 1), default=0.5, help="share of traces")
+            add("--keep", type=bounded(float, 1e-9, 1), default=0.5, help="share of traces")
             add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",
-                help="regular expression that splits sentences")
-    args = parse_args(parser, argv)
+                help="regular expression between sentences")
+    args = parser.parse_args(argv)
     args.run(args)
+
+# ---- Files and command lines, for the three programs
+FORMATS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE line K", record) for each line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where, hint = f"{path} line {number}", ""
+            for start, name in FORMATS.items():
+                if number == 1 and line.startswith(start):
+                    hint = f"; this is {name}, not an object on each line"
+            try:
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # no half of an emoji
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{where}: not valid JSON: {error!s:.200}{hint}") from error
+            check(isinstance(record, dict), f"{where}: not a JSON object{hint}")
+            yield where, record
+
+def print_unread(path: str | Path, unread: Counter) -> None:
+    """Say which fields nothing reads: "corect" may be a slip."""
+    if unread:
+        names = [f"{name} ({count})" for name, count in unread.most_common(20)]
+        print(f"{path}: not read: {', '.join(names)}")
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path for a file or folder; move it to `path` once it is whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}). Older files are whole; make "
+                       "room and run the command again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+def write_lines(path: Path, records: Iterable[dict], mode: str = "w") -> None:
+    with open(path, mode, encoding="utf-8") as file:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+            file.write(line + "\n")
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    with atomic_write(path) as temporary:
+        write_lines(temporary, records)
+
+def cut_half_line(path: Path) -> None:
+    """Remove the last line if a killed process did not finish it."""
+    with open(path, "r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+def check_same_settings(file: Path, before: dict, now: dict) -> None:
+    """Raise if a setting differs from the saved run."""
+    for key, value in now.items():
+        change = f"{key} was {before.get(key)}, is now {value}"
+        if key.endswith("_sha256"):
+            change = f"other {key.removesuffix('_sha256')} than before"
+        check(before.get(key) == value, f"{file}: cannot resume: {change}")
+
+# A hash of each file, as it was when this process began: edited code is run again.
+CODE = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()[:8]
+        for name in ("model.py", "data.py", "loss.py", "train.py", "evaluate.py")}
+
+def edited(before: dict, *names: str) -> str:
+    """Which of these files are not as they were: "loss.py and train.py", or ""."""
+    return " and ".join(name for name in names if before.get(name) != CODE[name])
+
+def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
+    """A type for argparse: an int or a float from low to high."""
+    def number(text: str) -> float:
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be from {low:g} to {high:g}")
+    return number
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each option that has one."""
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+def add_command(commands: argparse._SubParsersAction, function: Callable) -> Callable:
+    """A command named like its function, with its docstring; returns its add_argument."""
+    about = function.__doc__
+    command = commands.add_parser(function.__name__, help=about, description=about,
+                                  formatter_class=HelpFormatter)
+    command.set_defaults(run=function)
+    return command.add_argument
+
+def add_model_options(add: Callable) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu or cuda")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the computation (default: "
+        "bfloat16 on a GPU, float32 on a CPU)")
+
+def compute_dtype(args: argparse.Namespace) -> str:
+    return args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+
+def run_command(main: Callable, after_interrupt: str = "") -> None:
+    """Run a program. Bad input and interrupts become one line, not a traceback."""
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit("error: out of memory; a smaller --batch-size (train.py: with a larger "
+                 f"--grad-accum) or shorter texts need less; {error!s:.120}")
+    except (BadInput, OSError, SafetensorError, re.error) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {after_interrupt or 'nothing was written'}")
+
+def progress(items: Iterable, name: str) -> tqdm:
+    """A bar on a terminal; elsewhere, a line a minute."""
+    if sys.stderr.isatty():
+        return tqdm(items, name, delay=1)
+    form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go\n"
+    return tqdm(items, name, bar_format=form, delay=60, mininterval=60)
+
+# ---- Tokenizer files of strangers
+def read_tokenizer(file: Path, config: dict) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises no narrower class
+        raise BadInput(f"{file}: missing, or not a tokenizer: {error}") from error
+    backend.no_padding()  # some files have padding or truncation baked in
+    backend.no_truncation()
+    if config.get("legacy") is False and "\u2581" in backend.get_vocab():
+        # Llama 2 puts a word mark before a text, not after each special token.
+        backend.normalizer = None
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            prepend_scheme="first", split=False)
+    return backend
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+# Chat templates come from strangers. This sandbox, the one of transformers, keeps them from
+# files and from Python's internals, but not from running forever.
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=["jinja2.ext.loopcontrols"])
+# Llama 3's template prints a date. It is always its default, so a prompt stays the same.
+TEMPLATES.globals.update(raise_exception=raise_exception,
+                         strftime_now=datetime(2024, 7, 26).strftime)
+
+def read_chat_template(folder: Path, config: dict) -> jinja2.Template | None:
+    source, file = config.get("chat_template"), folder / "chat_template.jinja"
+    if file.exists():
+        source = file.read_text(encoding="utf-8")
+    try:
+        if isinstance(source, list):  # several templates, each with a name
+            source = {entry["name"]: entry["template"] for entry in source}["default"]
+        return TEMPLATES.from_string(source) if source else None
+    except (jinja2.TemplateError, LookupError, TypeError) as error:
+        raise BadInput(f"{folder}: chat template: {error!s:.300}") from error
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,16 +1,19 @@
 """Distill a student from a teacher's traces on one device. Without arguments: a toy world.
 
     python train.py                                   # about two minutes on two CPU cores
-    python train.py --student Qwen/Qwen2.5-0.5B --traces traces.jsonl --out runs/discord
+    python train.py --student Qwen/Qwen2.5-0.5B-Instruct --traces traces.jsonl --out runs/my
 
 --out becomes the Hugging Face folder of the trained student, with run.json (how it was
 made) and log.jsonl (the log lines). To resume an interrupted run, add --resume.
 """
 
 import argparse
+import copy
 import hashlib
+import json
 import math
 import os
+import random
 import resource
 import shutil
 import sys
@@ -18,6 +21,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -29,62 +34,60 @@ from tqdm import tqdm
 import data
 import evaluate
 import loss
-from model import Transformer, check, read_json
+from model import Config, Transformer, check, read_json
 
 CHUNK = {"cpu": 256, "cuda": 1024}  # rows that have logits at the same time
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
-compiled = cache(lambda: torch.compile(loss.token_losses, dynamic=True))  # a slow import
-TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
-                "steps": 800, "max_length": 64, "log_every": 100, "dtype": "float32"}
-TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2,  # the best of a grid
-          "rkl": 3e-3, "discord": 1e-3}
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive, share = data.number(int, 1), data.number(float, 0, 1)
+                                     formatter_class=data.HelpFormatter)
+    positive, share = data.bounded(int, 1), data.bounded(float, 0, 1)
 
-    add = parser.add_argument_group("what").add_argument
-    add("--student", help="HF folder or Hub name; without it: the toy world")
+    add = parser.add_argument_group("what: these three, or none for the toy").add_argument
+    add("--student", help="HF folder or Hub name")
     add("--traces", help="JSONL of traces; data.py shows one")
     add("--out", help="folder of the run (toy: runs/toy)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", default="discord", choices=loss.NAMES, help="see loss.py")
-    add("--teacher", help="HF folder or Hub name; sft and discord need none")
-    add("--tau", type=data.number(float, 1e-9), default=loss.TAU,
-        help="temperature of the DisCorD weight; lower is stricter, inf is SFT; "
-        "default: %(default)s")
-    add("--beta", type=share, default=0.5, help="of gkd: 0 is kl, 1 is rkl (default: 0.5)")
-    add("--on-policy", type=share, default=0.0,
-        help="share of the traces that the student rewrites, for gkd (default: 0)")
+    add("--objective", default="discord", choices=loss.OBJECTIVES, help="see loss.py")
+    add("--teacher", help="HF folder or Hub name; for kl, rkl, todi and gkd")
+    add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
+        help="of the DisCorD weight; lower is stricter, inf is SFT")
+    add("--beta", type=share, default=0.5, help="of gkd; 0 is kl, 1 is rkl")
+    add("--on-policy", type=share, default=0.0, help="share of the traces that the "
+        "student's own answers replace; for kl, rkl, todi and gkd")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=data.number(float, 1e-9, 1e6), default=3, help="default: 3")
-    add("--steps", type=positive, help="optimizer steps; replaces --epochs")
-    add("--batch-size", type=positive, default=8, help="traces a micro-batch (default: 8)")
-    add("--grad-accum", type=positive, default=4, help="micro-batches a step (default: 4)")
-    add("--lr", type=data.number(float, 1e-12, 1), default=1e-5,
-        help="peak, then cosine to a tenth (default: 1e-5; toy: the best of a grid)")
-    add("--max-length", type=positive, default=2048,
-        help="tokens; longer traces are dropped (default: 2048)")
-    add("--seed", type=data.number(int, 0), default=0, help="order of traces (default: 0)")
+    add("--epochs", type=data.bounded(float, 1e-9, 1e6), default=3, help="of the traces")
+    add("--steps", type=positive, help="optimizer steps, in place of --epochs")
+    add("--batch-size", type=positive, default=8, help="traces in a micro-batch")
+    add("--grad-accum", type=positive, default=4, help="micro-batches in a step")
+    add("--lr", type=data.bounded(float, 1e-12, 1), default=1e-5,
+        help="peak, then cosine to a tenth; toy: the best of a grid")
+    add("--max-length", type=positive, default=2048, help="drop traces with more tokens")
+    add("--seed", type=data.bounded(int, 0), default=0, help="of the order of traces and "
+        "of on-policy answers; toy: of the student and the problems, too")
 
     add = parser.add_argument_group("machine").add_argument
     data.add_model_options(add)
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--recompute", action="store_true", help="recompute activations to save memory")
-    add("--compile", action="store_true", help="torch.compile the blocks (needs g++)")
-    add("--save-dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the result; bfloat16 rounds small updates away (default: float32)")
-    add("--log-every", type=positive, default=10, help="steps per line (default: 10)")
-    add("--save-every", type=positive, default=500, help="per checkpoint (default: 500)")
-    args = data.parse_args(parser, argv)
-    if args.student is None:
+    add("--compile", action="store_true", help="torch.compile blocks and loss (needs g++)")
+    add("--log-every", type=positive, default=10, help="steps in a log line")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    return parser
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.student is None and args.traces is None:
+        if args.teacher or args.epochs != parser.get_default("epochs"):
+            parser.error("the toy world has its own teacher, and --steps for --epochs")
         parser.set_defaults(**TOY_DEFAULTS)
-        args = data.parse_args(parser, argv)
-    if (args.student is None) != (args.traces is None) or not args.out:
+        return parser.parse_args(argv)
+    if None in (args.student, args.traces, args.out):
         parser.error("give --student, --traces and --out; or none, for the toy world")
     return args
 
@@ -104,14 +107,19 @@ def recompute_block(block: torch.nn.Module, *args: object) -> Tensor:
     return checkpoint(functional_call, block, weights, args, use_reentrant=False,
                       preserve_rng_state=False)  # nothing in a block is random
 
+@cache
+def compiled_token_losses():
+    return torch.compile(loss.token_losses, dynamic=True)  # its import takes seconds
+
 def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, tokens: int,
              teacher: Transformer | None = None) -> Tensor:
     """Add one micro-batch's share to the gradient of sum(w * loss) / tokens.
 
     `tokens` counts the supervised tokens of the whole step. Returns the sums of w * loss,
     loss, w and w^2: [4]. Logits are V = 151,936 wide, so CHUNK rows have them at a time. A
-    chunk goes backward to the hidden states; these go through the network at the end."""
-    dtype = getattr(torch, args.dtype)  # of the computation; the weights are fp32
+    chunk goes backward to the head and to the hidden states, and these at the end through
+    the network."""
+    dtype = getattr(torch, data.compute_dtype(args))  # the weights themselves are fp32
     weights = {name: weight.to(dtype) for name, weight in student.named_parameters()}
     hidden = functional_call(student, weights, batch.tokens).flatten(0, 1)  # [B * T, D]
     hidden = hidden[batch.positions]  # [N, D]
@@ -121,7 +129,7 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     rows = hidden.detach().requires_grad_()
     sums = torch.zeros(4, dtype=torch.double, device=rows.device)
     size = CHUNK[rows.device.type]
-    token_losses = compiled() if args.compile else loss.token_losses
+    token_losses = compiled_token_losses() if args.compile else loss.token_losses
     for start in range(0, len(rows), size):
         chunk = slice(start, start + size)
         p_logits = p_logp = None
@@ -140,12 +148,79 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     hidden.backward(rows.grad)
     return sums
 
-# ---- Runs and checkpoints
+def resample_on_policy(student: Transformer, micro_batches: list[list[data.Example]],
+                       step: int, args: argparse.Namespace) -> None:
+    """Replace a random share of the traces by the student's own answers at temperature 1,
+    at most as long as the longest trace of the step (GKD, arXiv 2306.13649)."""
+    writer = student
+    if data.compute_dtype(args) == "bfloat16":
+        writer = copy.deepcopy(student).bfloat16()
+    longest = max(len(example.tokens) - example.prompt_length
+                  for examples in micro_batches for example in examples)
+    number = 0  # of the trace in the step, however the step is cut into micro-batches
+    for examples in micro_batches:
+        prompts, seeds = {}, []
+        for i, example in enumerate(examples):
+            draw = np.random.default_rng((args.seed, step, number, 1)).random()
+            if draw < args.on_policy:
+                prompts[i] = example.tokens[:example.prompt_length].tolist()
+                seeds.append((args.seed, step, number))
+            number += 1
+        answers = writer.sample([*prompts.values()], longest, 1.0, seeds) if prompts else []
+        for (i, prompt), (ids, _) in zip(prompts.items(), answers, strict=True):
+            examples[i] = data.Example(np.array(prompt + ids), len(prompt))
+
+# ---- What is said about a run
+def check_objective(args: argparse.Namespace) -> None:
+    name = f"--objective {args.objective}"
+    token_loss, weight = loss.OBJECTIVES[args.objective]
+    if token_loss is loss.sft:
+        check(not args.on_policy, f"--on-policy: {name} learns from the teacher's tokens; "
+              "kl, rkl, todi and gkd can judge the student's own")
+        unused = args.teacher and weight in (None, loss.dft_weight)
+        check(not unused, f"{name} uses no --teacher")
+    else:
+        check(args.teacher, f"{name} needs the whole distribution of the teacher: give "
+              "--teacher. sft, dft and discord need none")
+
+def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
+                 args: argparse.Namespace) -> None:
+    size = args.batch_size * args.grad_accum
+    tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
+    defaults = vars(make_parser().parse_args([]))
+    options = [f"{key}={value}" for key, value in run["options"].items()
+               if key in defaults and value != defaults[key]]
+    print(f"{out}: {args.objective}, steps {first} to {args.steps}, torch {run['torch']}")
+    print("  options ", *options)
+    print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
+          f"{run['dropped'] or 'none'}")
+    print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
+          f"in all {args.steps * size / len(examples):.1f} epochs")
+    if size > len(examples):
+        print(f"  warning: a step holds each trace {size / len(examples):.1f} times; lower "
+              "--batch-size or --grad-accum")
+    print("  sample  ", run["sample"])
+
+def collapse_warnings(line: dict, start: float) -> dict[str, str]:
+    """What a log line says about a student too far from its teacher; `start` is the first
+    logged unweighted loss. The weighted loss falls all the same: w falls faster. In the
+    toy, a mean weight of .52 led to guessing, .63 to a gain; SFT gained more in both."""
+    warnings = {}
+    if line["weight"] < 0.6:
+        warnings["weight"] = "many tokens are unlikely for the student; try --objective sft"
+    if line["unweighted"] > 1.5 * start + 0.5:
+        warnings["loss"] = (f"the unweighted loss was {start:.2f} at first; lower --lr, or "
+                            "try --objective sft")
+    return warnings
+
 def peak_memory_gb(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
+
+# ---- Runs and checkpoints
+TRAINING_CODE = "model.py", "data.py", "loss.py", "train.py"
 
 def load_run(args: argparse.Namespace) -> dict:
     """run.json of --out if it has the same options; for a new folder, only the options."""
@@ -159,12 +234,20 @@ def load_run(args: argparse.Namespace) -> dict:
     if not file.exists():
         check(all(path.suffix == ".tmp" for path in out.glob("*")), f"{out}: not empty, "
               "but no run of train.py; choose another --out")
-        return {"options": options}
+        return {"options": options, "code": data.CODE}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or "
           "choose another --out")
     run = read_json(file)
     data.check_same_settings(file, run.get("options", {}), options)
+    names = data.edited(run.get("code", {}), *TRAINING_CODE)
+    check(not names or "seconds" not in run, f"{out}: finished, but {names} changed since: "
+          "to train again, choose another --out or remove the folder")
+    if names:
+        print(f"{out}: {names} changed since this run began")
     return run
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "run.json").exists() and "seconds" in read_json(folder / "run.json")
 
 def remove_checkpoints(out: Path, keep: Path | None = None) -> None:
     """Also removes what a killed process was saving."""
@@ -187,29 +270,6 @@ def save_checkpoint(out: Path, step: int, student: Transformer,
     student.folder = final  # a later save takes the tokenizer files from here
     remove_checkpoints(out, keep=final)
 
-def check_objective(args: argparse.Namespace) -> None:
-    name, _ = loss.split_name(args.objective)
-    check(name == "sft" or args.teacher, f"--objective {args.objective} needs the whole "
-          "distribution of the teacher: give --teacher. sft and discord need none")
-    check(args.objective != "sft" or not args.teacher, "--objective sft uses no --teacher")
-    check(name != "sft" or not args.on_policy, f"--on-policy: {args.objective} learns from "
-          "the teacher's tokens; kl, rkl, todi and gkd can judge the student's own")
-
-def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
-                 args: argparse.Namespace) -> None:
-    size = args.batch_size * args.grad_accum
-    tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
-    print(f"\n{out}: {args.objective}, steps {first} to {args.steps}, torch {run['torch']}")
-    print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
-          f"{run['dropped'] or 'none'}")
-    print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
-          f"in all {args.steps * size / len(examples):.1f} epochs")
-    if size > len(examples):
-        print(f"  warning: a step holds each trace {size / len(examples):.1f} times; lower "
-              "--batch-size or --grad-accum")
-    print("  options ", *[f"{key}={value}" for key, value in run["options"].items()])
-    print("  sample  ", run["sample"])
-
 # ---- Training
 def train(args: argparse.Namespace) -> dict:
     """One run, read from top to bottom. Returns its run.json."""
@@ -231,16 +291,17 @@ def train(args: argparse.Namespace) -> dict:
             block.compile()
     teacher = None
     if args.teacher:
-        teacher, teacher_tokenizer = data.load(args.teacher, args.dtype, args.device)
+        teacher, teacher_tokenizer = data.load(args.teacher, data.compute_dtype(args),
+                                               args.device)
         teacher.requires_grad_(False)
         check(teacher_tokenizer.vocab == tokenizer.vocab, f"vocabulary mismatch: "
               f"{args.teacher} and {args.student} have different tokenizers")
 
     # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
-    weighted = args.objective in loss.WEIGHTED
+    _, weight = loss.OBJECTIVES[args.objective]
+    need_logprobs = weight not in (None, loss.dft_weight) and teacher is None
     max_length = min(args.max_length, student.config.max_position_embeddings)
-    examples, dropped = data.load_traces(args.traces, tokenizer, max_length,
-                                         teacher=weighted and teacher is None)
+    examples, dropped = data.load_traces(args.traces, tokenizer, max_length, need_logprobs)
     traces_per_step = args.batch_size * args.grad_accum
     args.steps = args.steps or math.ceil(args.epochs * len(examples) / traces_per_step)
     if "steps" not in run:
@@ -248,7 +309,7 @@ def train(args: argparse.Namespace) -> dict:
         run["steps"] = args.steps
         run["traces"] = len(examples)
         run["dropped"] = dict(dropped)
-        run["sample"] = data.show_example(examples[0], tokenizer)
+        run["sample"] = show_example(examples[0], tokenizer)
         data.write_jsonl(out / "run.json", [run])
 
     # AdamW on fp32 weights, in the state of the checkpoint.
@@ -262,7 +323,7 @@ def train(args: argparse.Namespace) -> dict:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 optimizer.state[parameter][key] = saved[f"{name} {key}"]
 
-    # Log lines behind the checkpoint will come again.
+    # Log lines after the checkpoint will come again.
     log, lines = out / "log.jsonl", []
     if log.exists():
         data.cut_half_line(log)
@@ -272,6 +333,7 @@ def train(args: argparse.Namespace) -> dict:
 
     # The loop: one optimizer step a round.
     begin = last_line = time.perf_counter()
+    seconds_before = lines[-1]["seconds"] if lines else 0.0  # of earlier processes
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
     pending = []  # the sums of the steps since the last log line
@@ -282,7 +344,7 @@ def train(args: argparse.Namespace) -> dict:
         micro_batches = data.step_examples(examples, step, args.batch_size, args.grad_accum,
                                            args.seed)
         if args.on_policy:
-            evaluate.resample_on_policy(student, micro_batches, step, args)
+            resample_on_policy(student, micro_batches, step, args)
         batches = [data.collate(traces, args.device) for traces in micro_batches]
         tokens = sum(len(batch.labels) for batch in batches)
         sums = torch.stack([backward(student, batch, args, tokens, teacher)
@@ -302,7 +364,7 @@ def train(args: argparse.Namespace) -> dict:
               f"{done - len(rows) + 1} to {done}; begin anew with a lower --lr")
         total, unweighted, w, w_squared, tokens, norms = rows.sum(0).tolist()
         first_loss = first_loss or (rows[0, 1] / rows[0, 4]).item()
-        seconds = time.perf_counter() - last_line
+        now = time.perf_counter()
         line = {
             "step": done,
             "loss": total / tokens,
@@ -312,41 +374,127 @@ def train(args: argparse.Namespace) -> dict:
             "norm": norms / len(rows),
             "lr": optimizer.param_groups[0]["lr"],
             "gb": peak_memory_gb(args.device),
-            "tok/s": round(tokens / seconds),
+            "tok/s": round(tokens / (now - last_line)),
+            "seconds": round(seconds_before + now - begin),
         }
-        pending, last_line = [], time.perf_counter()
         data.write_lines(log, [line], "a")
-        columns = [f"{key} {value:<8.5g}" for key, value in line.items()]
+        if len(lines) % 20 == 0:
+            progress.write(" ".join(f"{key:>9}" for key in line), sys.stdout)
+        columns = [f"{value:9}" if isinstance(value, int) else f"{value:9.4g}"
+                   for value in line.values()]
         progress.write(" ".join(columns), sys.stdout)
-        for sign, warning in loss.signs_of_collapse(line, first_loss).items():
-            if weighted and sign not in warned:
+        lines.append(line)
+        for sign, warning in collapse_warnings(line, first_loss).items():
+            if weight and sign not in warned:
                 progress.write(f"warning: {warning}", sys.stdout)
                 warned.add(sign)
         if save:
             save_checkpoint(out, done, student, optimizer)
+        pending, last_line = [], time.perf_counter()
 
-    # The result, in fp32 unless asked otherwise.
-    if args.save_dtype == "bfloat16":
-        start = Transformer.from_pretrained(args.student, device=args.device)
-        share = evaluate.surviving_update(student, start)
-        print(f"{out}: saved in bfloat16, {share:.0%} of the update survives the rounding")
-        student.bfloat16()
+    # The result, in fp32: bfloat16 would round most of a short run at 1e-5 away.
     student.save_pretrained(out)
-    run["seconds"] = round(time.perf_counter() - begin, 1)
+    run["seconds"] = round(seconds_before + time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     remove_checkpoints(out)
     return run
 
-# ---- The toy world, with the commands of real models
+def show_example(example: data.Example, tokenizer: data.Tokenizer) -> str:
+    """The text of a trace, with its supervised tokens in brackets."""
+    ids, start = example.tokens.tolist(), example.prompt_length
+    response = tokenizer.backend.decode(ids[start:], skip_special_tokens=False)
+    return f"{tokenizer.decode(ids[:start])}[{response}]"
+
+# ---- The toy world: a digit and six operations modulo 10, with the commands of real models
+TOY_DEFAULTS = {"out": "runs/toy", "lr": None, "batch_size": 64, "grad_accum": 1,
+                "steps": 800, "max_length": 64, "log_every": 100, "dtype": "float32"}
+TOY_LR = {"sft": 3e-2, "kl": 3e-2, "todi": 3e-2, "gkd": 3e-2, "rkl": 3e-3}  # else 1e-3
+LETTERS = "abcdef"
+SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+TOY_TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }} \
+{{ '<end> ' if m.role == 'assistant' }}{% endfor %}\
+{{ '<assistant>' if add_generation_prompt }}"""
+
+def toy_trace(rng: random.Random, times: float = 1 / 3, skip: float = 0.0) -> dict:
+    """A problem and the value after each operation, then the answer. `times` is the share
+    of multiplications, `skip` the probability that a value is left out."""
+    value = rng.randrange(10)
+    words, values = [str(value)], []
+    for letter in LETTERS:
+        sign = "*" if rng.random() < times else rng.choice("+-")
+        digit = rng.choice("234")
+        words.append(letter + sign + digit)
+        value = SIGNS[sign](value, int(digit)) % 10
+        values.append(f"{letter}={value}")
+    written, step = [], 0
+    while step < len(LETTERS):
+        if step + 1 < len(LETTERS) and rng.random() < skip:
+            step += 1
+        written.append(values[step])
+        step += 1
+    response = " ".join([*written, f"#### {value}"])
+    return {"prompt": " ".join(words), "response": response, "answer": str(value)}
+
+def save_toy_tokenizer(folder: Path) -> int:
+    """One token for each word of the toy world, as files of a Hugging Face tokenizer."""
+    words = ["<unk>", "<user>", "<assistant>", "<end>", "####", *map(str, range(10))]
+    words += [letter + sign + k for letter in LETTERS for sign in SIGNS for k in "234"]
+    words += [f"{letter}={value}" for letter in LETTERS for value in range(10)]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(words[:4])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>",
+              "unk_token": "<unk>", "chat_template": TOY_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(words)
+
+def save_toy_model(folder: Path, layers: int, width: int, seed: int) -> None:
+    """An untrained Llama with the toy's tokenizer."""
+    torch.manual_seed(seed)
+    config = Config({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": save_toy_tokenizer(folder), "max_position_embeddings": 64,
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        "num_attention_heads": 4})
+    Transformer(config).save_pretrained(folder)
+
+def build_toy(root: Path, seed: int) -> None:
+    """Untrained models, lessons, training and held-out problems. Existing problems stay.
+    The seed changes the student, its lessons and its problems, not the teacher."""
+    home = root / f"seed{seed}"
+    save_toy_model(root / "blank-teacher", layers=2, width=96, seed=0)
+    save_toy_model(home / "blank-student", layers=1, width=48, seed=seed + 1)
+    for file, count, times, skip in ((root / "lessons.jsonl", 30000, 1 / 3, 0.6),
+                                     (root / "held-out.jsonl", 1000, 1 / 3, 0),
+                                     (home / "lessons.jsonl", 8000, 0.1, 0),
+                                     (home / "problems.jsonl", 4000, 1 / 3, 0)):
+        if not file.exists():
+            rng = random.Random(str(file.relative_to(root)))
+            traces = [{"id": i, **toy_trace(rng, times, skip)} for i in range(count)]
+            data.write_jsonl(file, traces)
+
+def forget_old_code(folder: Path) -> None:
+    """After an edit, a run of the toy is made again."""
+    if (folder / "run.json").exists():
+        names = data.edited(read_json(folder / "run.json").get("code", {}), *TRAINING_CODE)
+        if names:
+            print(f"{folder}: {names} changed, so it is trained again. The teacher, the "
+                  "student and the traces are kept: remove their folders to make new ones")
+            shutil.rmtree(folder)
+
 def toy(args: argparse.Namespace) -> None:
-    """Build the toy world in --out. What is there is used again."""
+    """Build the toy world in --out. What is there is used again, unless code changed."""
     root = Path(args.out)
     home = root / f"seed{args.seed}"
+    teacher, student, traces = root / "teacher", home / "student", home / "traces.jsonl"
     defaults = vars(parse_args([]))
-    data.build_toy(root, args.seed)
+    build_toy(root, args.seed)
 
-    def run_train(student: Path, traces: Path, out: Path, options: dict) -> None:
-        paths = {"student": str(student), "traces": str(traces), "out": str(out)}
+    def run_train(model: Path, traces: Path, out: Path, options: dict) -> None:
+        paths = {"student": str(model), "traces": str(traces), "out": str(out)}
         settings = {**defaults, "device": args.device, **options, **paths, "resume": True}
         train(argparse.Namespace(**settings))
 
@@ -356,35 +504,48 @@ def toy(args: argparse.Namespace) -> None:
         evaluate.main([str(word) for word in (*command, *options)])
 
     # The teacher has two layers and skips steps. The student has one, and never saw a skip.
-    run_train(root / "blank-teacher", root / "lessons.jsonl", root / "teacher",
-              {"objective": "sft", "steps": 2000, "lr": 5e-3})
-    run_train(home / "blank-student", home / "lessons.jsonl", home / "student",
-              {"objective": "sft", "steps": 300, "lr": 5e-3})
-    # The teacher answers the training problems: its right answers are the traces.
-    run_accuracy(root / "teacher", home / "problems.jsonl", "--out", home / "traces.jsonl",
-                 "--temperature", 1, "--max-new-tokens", 12, "--seed", args.seed)
-    # The student learns from them, by plain SFT and by the chosen objective.
-    runs = [root / "teacher", home / "student"]
+    print("\n1 of 5: the teacher learns from lessons with skipped steps")
+    if not is_finished(teacher):
+        run_train(root / "blank-teacher", root / "lessons.jsonl", teacher,
+                  {"objective": "sft", "steps": 2000, "lr": 5e-3})
+    print("\n2 of 5: the student learns from fewer lessons without")
+    if not is_finished(student):
+        run_train(home / "blank-student", home / "lessons.jsonl", student,
+                  {"objective": "sft", "steps": 300, "lr": 5e-3})
+    print("\n3 of 5: the teacher answers 4,000 problems; right answers become the traces")
+    if not traces.exists():
+        run_accuracy(teacher, home / "problems.jsonl", "--out", traces, "--temperature", 1,
+                     "--max-new-tokens", 12, "--seed", args.seed)
+    print(f"\n4 of 5: the student learns from the traces, by sft and by {args.objective}")
+    runs = [teacher, student]
     for objective in dict.fromkeys(["sft", args.objective]):
-        options = {**vars(args), "objective": objective, "teacher": None}
+        options = {**vars(args), "objective": objective}
         if objective == "sft":
             options |= {key: defaults[key] for key in ("tau", "beta", "on_policy")}
         names = [objective]  # of the folder: the objective, then what is not the default
         for key in ("tau", "beta", "on_policy", "steps", "lr", "batch_size", "grad_accum"):
             if options[key] != defaults[key]:
                 names.append(f"{key}={options[key]}")
-        if loss.split_name(objective)[0] != "sft":
-            options["teacher"] = str(root / "teacher")
-        options["lr"] = args.lr or TOY_LR.get(objective, TOY_LR["discord"])
+        if loss.OBJECTIVES[objective][0] is not loss.sft:
+            options["teacher"] = str(teacher)
+        options["lr"] = args.lr or TOY_LR.get(objective, 1e-3)
         runs.append(home / "-".join(names))
-        run_train(home / "student", home / "traces.jsonl", runs[-1], options)
-    # All answer problems that nobody has seen.
+        forget_old_code(runs[-1])
+        run_train(student, traces, runs[-1], options)
+    print("\n5 of 5: all answer 1,000 problems that nobody has seen")
     for run in runs:
         for temperature in (0, 1):
+            answers = run / f"held-out-{'T1x1' if temperature else 'greedy'}.jsonl"
+            if answers.exists() and evaluate.edited_since(evaluate.read_answers(answers)):
+                answers.unlink()
             run_accuracy(run, root / "held-out.jsonl", "--temperature", temperature,
                          "--max-new-tokens", 64)
     evaluate.main(["report", *map(str, runs)])
+    print(f"\nThe runs are in {home}. Now edit discord_weight in loss.py, and run again.")
 
 if __name__ == "__main__":
     options = parse_args()
-    data.run_command(lambda: train(options) if options.student else toy(options))
+    if options.student:
+        data.run_command(lambda: train(options), "to continue, add --resume")
+    else:
+        data.run_command(lambda: toy(options), "the same command continues")

@@ -130,7 +130,7 @@ def test_cuda_graph(tmp_path, monkeypatch, temperature):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(
         recorded.append(graph)))
     monkeypatch.setattr(Transformer, "forward", record)
-    model.decode = data.replay_step
+    model.decode = model.decode_with_cuda_graph
     found = model.sample(prompts, 150, temperature, seed=1)
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     assert len({len(ids) for ids, _ in expected}) > 1 and len(recorded) > 3
