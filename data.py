@@ -68,15 +68,14 @@ class Tokenizer:
 
     def find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
-        candidates = []
+        candidates = [self.vocab.get(self.special_tokens.get("eos_token"))]
         if self.template is not None:
             turns = [{"role": "user", "content": "?"},
                      {"role": "assistant", "content": "ANSWER"}]
             text = self.apply_chat_template(turns, add_generation_prompt=False)
-            _, answer, after = text.rpartition("ANSWER")
-            if answer:  # a template may have no place for an answer
-                candidates = self.encode(after)
-        candidates.append(self.vocab.get(self.special_tokens.get("eos_token")))
+            before, _, after = text.rpartition("ANSWER")
+            if before:  # a template may have no place for an answer
+                candidates = self.encode(after) + candidates
         for token in candidates:
             if token in self.backend.get_added_tokens_decoder():
                 return token
@@ -163,12 +162,11 @@ def text_field(record: dict, where: str, *names: str) -> str:
 
 def get_messages(record: dict, where: str) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
-    for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
-        other = field in record and "prompt" not in record and "messages" not in record
-        check(not other, f"{where}: {name} format; write `messages` or `prompt` instead")
-    if "messages" in record:
-        turns = record["messages"]
-    else:
+    turns = record.get("messages")
+    if "messages" not in record:
+        for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
+            check(field not in record or "prompt" in record,
+                  f"{where}: {name} format; write `messages` or `prompt` instead")
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
     for fields in [record, *turns]:

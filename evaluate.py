@@ -71,22 +71,11 @@ def download_benchmark(name: str) -> Path:
     data.write_jsonl(file, rows)
     return file
 
-def gold_answer(record: dict, where: str) -> str:
-    """The answer of a problem, as text; "" if the field for it is empty."""
-    present = [record[name] for name in GOLDS if name in record]
-    check(present, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
-    golds = [gold for gold in present if gold not in (None, []) and str(gold).strip()]
-    gold = golds[0] if golds else ""
-    parts = gold if isinstance(gold, list) else [gold]
-    check(not isinstance(parts[0], dict), f"{where}: the answer is an object")
-    return ", ".join(map(str, parts))
-
 def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
     suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
-    file = Path(benchmark)
+    file, name = Path(benchmark), str(benchmark).partition(":")[0]
     if not file.exists():
-        name = str(benchmark).partition(":")[0]
         check(name in BENCHMARKS, f"--benchmark {benchmark}: no such file; the benchmarks "
               f"with a name are {', '.join(BENCHMARKS)}")
         file = download_benchmark(str(benchmark))
@@ -104,7 +93,11 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
             last, key = problem, "prompt"
         if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
             last[key] += suffix
-        problem["answer"] = gold_answer(record, where)
+        golds = [record[name] for name in GOLDS if name in record]
+        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+        gold = next((x for x in golds if str(x).strip() not in ("", "None", "[]")), "")
+        check(not isinstance(gold, dict), f"{where}: the answer is an object")
+        problem["answer"] = ", ".join(map(str, gold if isinstance(gold, list) else [gold]))
         if "prefix" in record:
             problem["prefix"] = record["prefix"]
         if problem["answer"]:
@@ -137,18 +130,16 @@ def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: li
     starts = range(0, len(jobs), batch_size)
     for start in data.progress(starts, "answering"):
         batch = jobs[start:start + batch_size]
-        keys = [(str(problems[i]["id"]), k) for i, k in batch]
-        if all(key in done for key in keys):
+        missing = [(i, k) for i, k in batch if (str(problems[i]["id"]), k) not in done]
+        if not missing:
             continue
         seeds = [(seed, i, k) for i, k in batch]
         batch_prompts = [prompts[i] for i, _ in batch]
         answers = model.sample(batch_prompts, max_new_tokens, temperature, seeds)
-        for key, (i, k), (ids, logp) in zip(keys, batch, answers, strict=True):
-            if key not in done:
+        for (i, k), (ids, logp) in zip(batch, answers, strict=True):
+            if (i, k) in missing:
                 record = grade_answer(model, tokenizer, problems[i], prompts[i], ids, logp)
-                record["sample"] = k
-                record["temperature"] = temperature
-                yield record
+                yield {**record, "sample": k, "temperature": temperature}
 
 def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
                  prompt: list, ids: list, logp: list) -> dict:
@@ -181,9 +172,8 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
     records = [record for _, record in data.read_jsonl(path)]
-    for record in records:
-        check("setup" in record, f"{path}: expected a file that `accuracy` wrote")
-    check(records, f"{path}: the file is empty")
+    check(records and all("setup" in record for record in records),
+          f"{path}: empty, or not a file that `accuracy` wrote")
     return records
 
 def accuracy_per_problem(records: list[dict]) -> dict[str, float]:
@@ -221,13 +211,10 @@ def warn_ignored_generation_config(folder: Path) -> None:
     """transformers and vLLM decode by generation_config.json, greedily, too. We do not."""
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
-    ignored = []
-    for key, value in config.items():
-        known = key.endswith("_token_id") or key in ("temperature", "transformers_version")
-        if not known and value not in (None, 0, 1):
-            ignored.append(f"{key}={value}")
+    ignored = {key: value for key, value in config.items() if value not in (None, 0, 1)
+               and key in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p")}
     if ignored:
-        print(f"{file}: not applied here, unlike in transformers and vLLM:", *ignored)
+        print(f"{file}: not applied here, unlike in transformers and vLLM: {ignored}")
 
 def accuracy(args: argparse.Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
@@ -247,19 +234,17 @@ def accuracy(args: argparse.Namespace) -> None:
     name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
     out = Path(args.out or folder / name)
     part = Path(f"{out}.part")
-    for file in (part, out):
-        check(args.resume or not file.exists(), f"{file}: holds an evaluation; add "
-              "--resume to continue or to print it, or remove the file")
-    if part.exists():
-        data.cut_half_line(part)
-    finished = out.exists() and not part.exists()
-    file = out if finished else part
-    records = read_answers(file) if file.exists() and file.stat().st_size else []
+    file, records = out if out.exists() else part, []
+    if file.exists():
+        check(args.resume, f"{file}: holds an evaluation; add --resume to continue or to "
+              "print it, or remove the file")
+        data.cut_half_line(file)
+        records = [record for _, record in data.read_jsonl(file)]
     for record in records:
-        data.check_same_settings(file, record["setup"], setup)
+        data.check_same_settings(file, record.get("setup", {}), setup)
     if edited_since(records):
         print(f"{file}: {edited_since(records)} changed since these answers were written")
-    if not finished:
+    if not out.exists():
         model, tokenizer = data.load(args.model, setup["dtype"], args.device)
         warn_ignored_generation_config(model.folder)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +257,7 @@ def accuracy(args: argparse.Namespace) -> None:
             records.append(record)
         records.sort(key=lambda record: (order[str(record["id"])], record["sample"]))
         data.write_jsonl(out, records)
-        part.unlink()
+    part.unlink(missing_ok=True)
     wanted = len(problems) * args.samples
     check(len(records) == wanted, f"{out}: {len(records)} answers instead of {wanted}")
     print(f"{summary_line(records)}\n  {out}")
@@ -311,10 +296,9 @@ def kl_along_samples(author: Transformer, teacher: Transformer, student: Transfo
         part = prompts[start:start + args.batch_size]
         seeds = [(args.seed, start + i) for i in range(len(part))]
         answers = author.sample(part, args.max_new_tokens, 1.0, seeds)
-        examples = []
-        for prompt, (ids, _) in zip(part, answers, strict=True):
-            examples.append(data.Example(np.array(prompt + ids), len(prompt)))
-        batch = data.collate(examples, args.device)
+        batch = data.collate([data.Example(np.array(prompt + ids), len(prompt))
+                              for prompt, (ids, _) in zip(part, answers, strict=True)],
+                             args.device)
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
         q_hidden = student(batch.tokens).flatten(0, 1)[batch.positions]
         kl = data.map_rows(lambda p, q: loss.kl(student.logits(q), teacher.logits(p)),

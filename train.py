@@ -17,6 +17,7 @@ import random
 import resource
 import shutil
 import sys
+import textwrap
 import time
 from functools import cache
 from pathlib import Path
@@ -191,14 +192,14 @@ def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
     options = [f"{key}={value}" for key, value in run["options"].items()
                if key in defaults and value != defaults[key]]
     print(f"{out}: {args.objective}, steps {first} to {args.steps}, torch {run['torch']}")
-    print("  options ", *options)
+    print(textwrap.fill(" ".join(options), 100, initial_indent="  options  ",
+                        subsequent_indent=" " * 11, break_on_hyphens=False))
     print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
           f"{run['dropped'] or 'none'}")
     print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
           f"in all {args.steps * size / len(examples):.1f} epochs")
     if size > len(examples):
-        print(f"  warning: a step holds each trace {size / len(examples):.1f} times; lower "
-              "--batch-size or --grad-accum")
+        print("  warning: more than all traces; lower --batch-size or --grad-accum")
     print("  sample  ", run["sample"])
 
 def collapse_warnings(line: dict, start: float) -> dict[str, str]:
