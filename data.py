@@ -16,6 +16,7 @@ dropped and counted. Its path: load_traces, encode_trace, step_examples,
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import random
@@ -339,7 +340,7 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
 
 def load_scored(path_or_repo: str, args: argparse.Namespace, need_logprobs: bool,
                 count: int | None = None) -> tuple:
-    """The tokenizer, records and examples of the first traces; the model's log q of each."""
+    """The tokenizer; records and examples of --traces; the model's log q of each."""
     model, tokenizer = load(path_or_repo, compute_dtype(args), args.device)
     records: list = []
     examples, dropped = load_traces(args.traces, tokenizer, need_logprobs=need_logprobs,
@@ -529,12 +530,13 @@ def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each option that has one."""
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 def add_command(commands: argparse._SubParsersAction, function: Callable) -> Callable:
     """A command named like its function, with its docstring; returns its add_argument."""
-    about = function.__doc__
+    about = inspect.getdoc(function)
     command = commands.add_parser(function.__name__, help=about, description=about,
                                   formatter_class=HelpFormatter)
     command.set_defaults(run=function)

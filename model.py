@@ -9,6 +9,7 @@ Dh head size, V vocabulary, N supervised tokens.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -64,9 +65,10 @@ class Config(SimpleNamespace):
         self.intermediate_size = number("intermediate_size")
         self.num_hidden_layers = number("num_hidden_layers")
         heads = self.num_attention_heads = number("num_attention_heads")
-        is_llama, is_qwen3 = self.model_type == "llama", self.model_type == "qwen3"
-        self.num_key_value_heads = number("num_key_value_heads", heads if is_llama else None)
-        self.head_dim = number("head_dim", 128 if is_qwen3 else self.hidden_size // heads)
+        no_sharing = heads if self.model_type == "llama" else None
+        self.num_key_value_heads = number("num_key_value_heads", no_sharing)
+        width = 128 if self.model_type == "qwen3" else self.hidden_size // heads
+        self.head_dim = number("head_dim", width)
         self.max_position_embeddings = number("max_position_embeddings", 10 ** 9)
         self.rms_norm_eps = number("rms_norm_eps", 1e-6, float)
         self.rope_theta = number("rope_theta", 1e4, float)
@@ -325,8 +327,9 @@ class Transformer(nn.Module):
         with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary)
             save_torch_state_dict(self.state_dict(), new)
-            for file in [*self.folder.glob("tokenizer*.json"), *self.folder.glob("*.jinja")]:
-                (new / file.name).write_bytes(file.read_bytes())
+            for pattern in ("tokenizer*.json", "*.jinja"):
+                for file in self.folder.glob(pattern):
+                    shutil.copyfile(file, new / file.name)
             (new / "config.json").write_text(json.dumps(config, indent=2))
             (new / "generation_config.json").write_text(json.dumps(generation))
             (folder / "model.safetensors").unlink(missing_ok=True)  # wins over shards

@@ -224,18 +224,19 @@ def peak_memory_gb(device: str) -> float:
 TRAINING_CODE = "model.py", "data.py", "loss.py", "train.py"
 
 def load_run(args: argparse.Namespace) -> dict:
-    """run.json of --out if it has the same options; for a new folder, only the options."""
+    """run.json of --out if it has the same options; for a new folder, a beginning of it.
+    A run keeps its dtype when it continues on another device."""
     out = Path(args.out)
     file = out / "run.json"
     options = dict(vars(args))
-    for name in ("resume", "out", "device"):  # a run may continue on another device
+    for name in ("resume", "out", "device"):
         del options[name]
     with open(args.traces, "rb") as traces:
         options["traces_sha256"] = hashlib.file_digest(traces, "sha256").hexdigest()
     if not file.exists():
         check(all(path.suffix == ".tmp" for path in out.glob("*")), f"{out}: not empty, "
               "but no run of train.py; choose another --out")
-        return {"options": options, "code": data.CODE}
+        return {"options": options, "dtype": data.compute_dtype(args), "code": data.CODE}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or "
           "choose another --out")
     run = read_json(file)
@@ -245,6 +246,7 @@ def load_run(args: argparse.Namespace) -> dict:
           "to train again, choose another --out or remove the folder")
     if names:
         print(f"{out}: {names} changed since this run began")
+    args.dtype = run["dtype"]
     return run
 
 def is_finished(folder: Path) -> bool:
@@ -360,11 +362,11 @@ def train(args: argparse.Namespace) -> dict:
         save = done < args.steps and done % args.save_every == 0
         if done % args.log_every and not save and done < args.steps:
             continue
-        rows = torch.stack(pending).cpu()
-        check(rows.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
-              f"{done - len(rows) + 1} to {done}; begin anew with a lower --lr")
-        total, unweighted, w, w_squared, tokens, norms = rows.sum(0).tolist()
-        first_loss = first_loss or (rows[0, 1] / rows[0, 4]).item()
+        recent = torch.stack(pending).cpu()
+        check(recent.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
+              f"{done - len(recent) + 1} to {done}; begin anew with a lower --lr")
+        total, unweighted, w, w_squared, tokens, norms = recent.sum(0).tolist()
+        first_loss = first_loss or (recent[0, 1] / recent[0, 4]).item()
         now = time.perf_counter()
         line = {
             "step": done,
@@ -372,7 +374,7 @@ def train(args: argparse.Namespace) -> dict:
             "unweighted": unweighted / tokens,
             "weight": w / tokens,
             "ess": w * w / (w_squared * tokens),
-            "norm": norms / len(rows),
+            "norm": norms / len(recent),
             "lr": optimizer.param_groups[0]["lr"],
             "gb": peak_memory_gb(args.device),
             "tok/s": round(tokens / (now - last_line)),
@@ -488,6 +490,8 @@ def forget_old_code(folder: Path) -> None:
 
 def toy(args: argparse.Namespace) -> None:
     """Build the toy world in --out. What is there is used again, unless code changed."""
+    if "OMP_NUM_THREADS" not in os.environ:  # more threads would wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))
     root = Path(args.out)
     home = root / f"seed{args.seed}"
     teacher, student, traces = root / "teacher", home / "student", home / "traces.jsonl"
