@@ -516,8 +516,8 @@ CODE = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdig
         for name in ("model.py", "data.py", "loss.py", "train.py", "evaluate.py")}
 
 def edited(before: dict, *names: str) -> str:
-    """Which of these files are not as they were: "loss.py and train.py", or ""."""
-    return " and ".join(name for name in names if before.get(name) != CODE[name])
+    """Which of these files are not as they were: "loss.py, train.py", or ""."""
+    return ", ".join(name for name in names if before.get(name) != CODE[name])
 
 def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
     """A type for argparse: an int or a float from low to high."""

@@ -249,9 +249,6 @@ def load_run(args: argparse.Namespace) -> dict:
     args.dtype = run["dtype"]
     return run
 
-def is_finished(folder: Path) -> bool:
-    return (folder / "run.json").exists() and "seconds" in read_json(folder / "run.json")
-
 def remove_checkpoints(out: Path, keep: Path | None = None) -> None:
     """Also removes what a killed process was saving."""
     for folder in [*out.glob("checkpoint*"), *out.glob(".saving-*")]:
@@ -400,6 +397,7 @@ def train(args: argparse.Namespace) -> dict:
     run["seconds"] = round(seconds_before + time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     remove_checkpoints(out)
+    print(f"{out}: finished; next: python evaluate.py accuracy --model {out} --benchmark ...")
     return run
 
 def show_example(example: data.Example, tokenizer: data.Tokenizer) -> str:
@@ -479,13 +477,20 @@ def build_toy(root: Path, seed: int) -> None:
             traces = [{"id": i, **toy_trace(rng, times, skip)} for i in range(count)]
             data.write_jsonl(file, traces)
 
+def is_kept(folder: Path) -> bool:
+    """The toy's teacher and student are trained once, whatever is edited later."""
+    file = folder / "run.json"
+    finished = file.exists() and "seconds" in read_json(file)
+    if finished:
+        print(f"{folder}: kept; remove the folder to train it anew")
+    return finished
+
 def forget_old_code(folder: Path) -> None:
     """After an edit, a run of the toy is made again."""
     if (folder / "run.json").exists():
         names = data.edited(read_json(folder / "run.json").get("code", {}), *TRAINING_CODE)
         if names:
-            print(f"{folder}: {names} changed, so it is trained again. The teacher, the "
-                  "student and the traces are kept: remove their folders to make new ones")
+            print(f"{folder}: {names} changed, so it is trained again")
             shutil.rmtree(folder)
 
 def toy(args: argparse.Namespace) -> None:
@@ -510,11 +515,11 @@ def toy(args: argparse.Namespace) -> None:
 
     # The teacher has two layers and skips steps. The student has one, and never saw a skip.
     print("\n1 of 5: the teacher learns from lessons with skipped steps")
-    if not is_finished(teacher):
+    if not is_kept(teacher):
         run_train(root / "blank-teacher", root / "lessons.jsonl", teacher,
                   {"objective": "sft", "steps": 2000, "lr": 5e-3})
     print("\n2 of 5: the student learns from fewer lessons without")
-    if not is_finished(student):
+    if not is_kept(student):
         run_train(home / "blank-student", home / "lessons.jsonl", student,
                   {"objective": "sft", "steps": 300, "lr": 5e-3})
     print("\n3 of 5: the teacher answers 4,000 problems; right answers become the traces")
