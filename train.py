@@ -397,7 +397,7 @@ def train(args: argparse.Namespace) -> dict:
     run["seconds"] = round(seconds_before + time.perf_counter() - begin, 1)
     data.write_jsonl(out / "run.json", [run])
     remove_checkpoints(out)
-    print(f"{out}: finished; next: python evaluate.py accuracy --model {out} --benchmark ...")
+    print(f"{out}: finished; next: python evaluate.py accuracy --model {out}")
     return run
 
 def show_example(example: data.Example, tokenizer: data.Tokenizer) -> str:
