@@ -100,8 +100,7 @@ class Tokenizer:
         """Refuses a prompt that lacks a turn: templates drop the roles they do not know."""
         check(messages and messages[-1]["role"] != "assistant", f"{where}: messages: no "
               "question, or an answer that would be in the prompt; remove it or `response`")
-        marked = [{**turn, "content": f"{turn['content']}[turn {i}]"}
-                  for i, turn in enumerate(messages)]
+        marked = [{**turn, "content": f"[turn {i}]"} for i, turn in enumerate(messages)]
         rendered = self.apply_chat_template(marked, where)
         for i, turn in enumerate(messages):
             check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
@@ -149,10 +148,8 @@ TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "pro
                 "teacher_logprobs", "vocab", "finished", "correct", "teacher",
                 "temperature", "sample", "rendered", "extracted", "setup"}
 # Fields that hold a part of a trace or of a turn, and that nothing here reads.
-TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
-UNSUPPORTED_FIELDS = {
-    "reasoning_content": TO_TEXT, "reasoning": TO_TEXT, "thinking": TO_TEXT,
-    **dict.fromkeys(["tools", "tool_calls", "functions", "function_call"], "remove it")}
+UNSUPPORTED_FIELDS = ["reasoning_content", "reasoning", "thinking", "tools", "tool_calls",
+                      "functions", "function_call"]
 
 def text_field(record: dict, where: str, *names: str) -> str:
     """The first of these fields that the record has. It must be text, and not empty."""
@@ -171,9 +168,10 @@ def get_messages(record: dict, where: str) -> list:
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
     for fields in [record, *turns]:
-        for name, advice in UNSUPPORTED_FIELDS.items():
+        for name in UNSUPPORTED_FIELDS:
             lost = isinstance(fields, dict) and fields.get(name)
-            check(not lost, f"{where}: {name} would be lost; {advice}")
+            check(not lost, f"{where}: {name} would be lost; put it into the text, as in "
+                  r'"<think>\n" + thinking + "\n</think>\n\n" + answer')
     for turn in turns:
         texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
         check(texts and all(isinstance(text, str) for text in texts),
@@ -192,12 +190,12 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
     ids = record.get("tokens")
     if ids is None:
         return tokenizer.encode_response(response)
-    size = tokenizer.vocab_size
-    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
-    finished = record.get("finished") in (None, True)
-    body = ids[:-1] if known and finished else ids
-    check(ids and known and tokenizer.backend.decode(body, skip_special_tokens=False)
-          == re.sub(tokenizer.ends, "", response),
+    known = range(tokenizer.vocab_size)
+    spelled = None
+    if isinstance(ids, list) and all(type(i) is int and i in known for i in ids):
+        body = ids if record.get("finished") is False else ids[:-1]
+        spelled = tokenizer.backend.decode(body, skip_special_tokens=False)
+    check(ids and spelled == re.sub(tokenizer.ends, "", response),
           f"{where}: tokens do not spell the response and its end of turn; of another "
           "tokenizer? Then remove them and teacher_logprobs; use --objective sft")
     return ids
@@ -230,7 +228,9 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
     if ids[0] == think and think in prompt[-2:]:  # the template opens the thinking, too
         prompt = prompt[:prompt.index(think, -2)]
     check(prompt, f"{where}: the prompt has no token, so nothing predicts the response")
-    logp = read_logprobs(record, len(ids), tokenizer, where) if need_logprobs else None
+    logp = None
+    if need_logprobs:
+        logp = read_logprobs(record, len(ids), tokenizer, where)
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
 
 def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
@@ -324,15 +324,18 @@ def map_rows(function: Callable, *rows: Tensor) -> Tensor:
 @torch.no_grad()
 def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> list:
     """fp32 log-probabilities, at temperature 1, of the tokens of each response."""
+    def row_logp(hidden: Tensor, labels: Tensor) -> Tensor:
+        return -loss.sft(model.logits(hidden), labels)
+
     device = model.model.embed_tokens.weight.device
-    order = np.argsort([len(example.tokens) for example in examples], kind="stable")
+    lengths = [len(example.tokens) for example in examples]
+    order = np.argsort(lengths, kind="stable")
     results: list = [None] * len(examples)
     for start in progress(range(0, len(order), batch_size), "scoring"):
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen], device)
         hidden = model(batch.tokens).flatten(0, 1)[batch.positions]  # [N, D]
-        logp = map_rows(lambda h, y: -loss.sft(model.logits(h), y),
-                        hidden, batch.labels).cpu().numpy()
+        logp = map_rows(row_logp, hidden, batch.labels).cpu().numpy()
         for i in chosen:
             length = len(examples[i].tokens) - examples[i].prompt_length
             results[i], logp = logp[:length], logp[length:]
@@ -387,7 +390,8 @@ def select(args: argparse.Namespace) -> None:
         q = sentence_means(tokenizer, example, q_logp, args.separator)
         shares.append(np.mean(p - q > math.log(2)))
     ranked = np.argsort(-np.array(shares), kind="stable")
-    kept = np.sort(ranked[:math.ceil(args.keep * len(records))])
+    count = math.ceil(args.keep * len(records))
+    kept = np.sort(ranked[:count])
     write_jsonl(args.out, [records[i] for i in kept])
     print(f"{args.out}: kept {len(kept)} of {len(shares)} traces")
 
@@ -402,8 +406,8 @@ def mix(args: argparse.Namespace) -> None:
     longest = Counter()  # problem: tokens of the teacher's longest right answer
     for where, record in traces:
         if not drop_reason(record, where):
-            name = str(record["id"])
-            longest[name] = max(longest[name], len(response_ids(record, tokenizer, where)))
+            name, ids = str(record["id"]), response_ids(record, tokenizer, where)
+            longest[name] = max(longest[name], len(ids))
     problems = []
     for where, record in answers:
         ids, limit = [], int(1.5 * longest[str(record["id"])])
@@ -416,7 +420,8 @@ def mix(args: argparse.Namespace) -> None:
             problem = {key: record[key] for key in ("prompt", "messages") if key in record}
             problem["id"] = f"{record['id']}/{record.get('sample', 0)}"
             problem["answer"] = text_field(record, where, "answer")
-            problem["prefix"] = ids[:rng.randint(len(ids) // 2 + 1, len(ids))]
+            end = rng.randint(len(ids) // 2 + 1, len(ids))
+            problem["prefix"] = ids[:end]
             problems.append(problem)
     check(problems, f"{args.answers}: no answer was cut off; --continue-all takes all")
     write_jsonl(args.out, problems)
@@ -512,8 +517,10 @@ def check_same_settings(file: Path, before: dict, now: dict) -> None:
         check(before.get(key) == value, f"{file}: cannot resume: {change}")
 
 # A hash of each file, as it was when this process began: edited code is run again.
-CODE = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()[:8]
-        for name in ("model.py", "data.py", "loss.py", "train.py", "evaluate.py")}
+CODE = {}
+for _name in ("model.py", "data.py", "loss.py", "train.py", "evaluate.py"):
+    _text = Path(__file__).with_name(_name).read_bytes()
+    CODE[_name] = hashlib.sha256(_text).hexdigest()[:8]
 
 def edited(before: dict, *names: str) -> str:
     """Which of these files are not as they were: "loss.py, train.py", or ""."""

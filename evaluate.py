@@ -15,7 +15,7 @@ import operator
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from huggingface_hub import constants, errors, utils
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 import data
 import loss
@@ -73,6 +74,18 @@ def download_benchmark(name: str) -> Path:
     data.write_jsonl(file, rows)
     return file
 
+def gold_answer(record: dict, where: str) -> str:
+    """The first answer of a problem that is not empty, else ""."""
+    golds = [record[name] for name in GOLDS if name in record]
+    check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+    for gold in golds:
+        check(not isinstance(gold, dict), f"{where}: the answer is an object")
+        parts = gold if isinstance(gold, list) else [gold]
+        text = ", ".join(map(str, parts))
+        if gold is not None and text.strip():
+            return text
+    return ""
+
 def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
     suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
@@ -82,10 +95,12 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
               f"with a name are {', '.join(BENCHMARKS)}")
         file = download_benchmark(str(benchmark))
         suffix = "box" if suffix is None else suffix
-    suffix = SUFFIX if suffix == "box" else suffix
+    if suffix == "box":
+        suffix = SUFFIX
+    known = data.TRACE_FIELDS.union(QUESTIONS, GOLDS, ["prefix"])
     problems, unread = [], Counter()
     for where, record in data.read_jsonl(file):
-        unread.update(record.keys() - data.TRACE_FIELDS - {*QUESTIONS, *GOLDS, "prefix"})
+        unread.update(record.keys() - known)
         problem = {"id": record.get("id", where.rpartition(" ")[2])}
         if "messages" in record:
             turns = [dict(turn) for turn in data.get_messages(record, where)]
@@ -95,11 +110,7 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
             last, key = problem, "prompt"
         if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
             last[key] += suffix
-        golds = [record[name] for name in GOLDS if name in record]
-        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
-        gold = next((x for x in golds if str(x).strip() not in ("", "None", "[]")), "")
-        check(not isinstance(gold, dict), f"{where}: the answer is an object")
-        problem["answer"] = ", ".join(map(str, gold if isinstance(gold, list) else [gold]))
+        problem["answer"] = gold_answer(record, where)
         if "prefix" in record:
             problem["prefix"] = record["prefix"]
         if problem["answer"]:
@@ -122,26 +133,31 @@ def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                      samples: int = 1, temperature: float = 0.0,
                      max_new_tokens: int = 1024, batch_size: int = 64, seed: int = 0,
-                     done: Collection = ()) -> Iterator[dict]:
+                     done: set | None = None) -> Iterator[dict]:
     """Yield a graded trace for each (problem id, sample) that is not `done`. Each answer
     has a seed of its own. A resumed run repeats the batches of the whole run, since the
     last digits of a sum depend on what shares its batch."""
+    done = done or set()
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
-    jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
-    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # little padding, largest batch first
+    jobs = []  # little padding, and the largest batch first
+    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
+    for i in order.tolist():
+        jobs += [(i, k) for k in range(samples)]
     starts = range(0, len(jobs), batch_size)
     for start in data.progress(starts, "answering"):
         batch = jobs[start:start + batch_size]
-        missing = [(i, k) for i, k in batch if (str(problems[i]["id"]), k) not in done]
-        if not missing:
+        keys = [(str(problems[i]["id"]), k) for i, k in batch]
+        if done.issuperset(keys):
             continue
         seeds = [(seed, i, k) for i, k in batch]
         batch_prompts = [prompts[i] for i, _ in batch]
         answers = model.sample(batch_prompts, max_new_tokens, temperature, seeds)
-        for (i, k), (ids, logp) in zip(batch, answers, strict=True):
-            if (i, k) in missing:
+        for key, (i, k), (ids, logp) in zip(keys, batch, answers, strict=True):
+            if key not in done:
                 record = grade_answer(model, tokenizer, problems[i], prompts[i], ids, logp)
-                yield {**record, "sample": k, "temperature": temperature}
+                record["sample"] = k
+                record["temperature"] = temperature
+                yield record
 
 def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
                  prompt: list, ids: list, logp: list) -> dict:
@@ -167,16 +183,18 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
     if ids != tokenizer.encode_response(response):
         record["tokens"] = ids
     record["extracted"] = extract_answer(response)
-    box = re.match(rf"(?s).*{BOX.pattern}", response.rpartition("</think>")[2])
-    graded = response if finished else box[0] if box else ""
-    record["correct"] = is_correct(graded, problem["answer"])
+    if not finished:
+        box = re.match(rf"(?s).*{BOX.pattern}", response.rpartition("</think>")[2])
+        response = box[0] if box else ""
+    record["correct"] = is_correct(response, problem["answer"])
     return record
 
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
     records = [record for _, record in data.read_jsonl(path)]
-    check(records and all("setup" in record for record in records),
-          f"{path}: empty, or not a file that `accuracy` wrote")
+    check(records, f"{path}: the file is empty")
+    for record in records:
+        check("setup" in record, f"{path}: expected a file that `accuracy` wrote")
     return records
 
 def accuracy_per_problem(records: list[dict]) -> dict[str, float]:
@@ -214,10 +232,10 @@ def warn_ignored_generation_config(folder: Path) -> None:
     """transformers and vLLM decode by generation_config.json, greedily, too. We do not."""
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
-    ignored = {key: value for key, value in config.items() if value not in (None, 0, 1)
-               and key in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p")}
-    if ignored:
-        print(f"{file}: not applied here, unlike in transformers and vLLM: {ignored}")
+    for key in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p"):
+        value = config.get(key)
+        if value not in (None, 0, 1):
+            print(f"{file}: {key}={value}: not applied here, unlike in transformers, vLLM")
 
 def accuracy(args: argparse.Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
@@ -227,10 +245,12 @@ def accuracy(args: argparse.Namespace) -> None:
     order = {str(problem["id"]): i for i, problem in enumerate(problems)}
     check(len(order) == len(problems), f"{args.benchmark}: problems with the same id")
     # What a resumed evaluation must have in common with the interrupted one.
-    setup = {name: vars(args)[name] for name in ("model", "benchmark", "suffix", "samples",
-                                                 "temperature", "max_new_tokens", "seed")}
-    setup["dtype"] = data.compute_dtype(args)
-    setup["problems_sha256"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    setup = {"dtype": data.compute_dtype(args)}
+    for name in ("model", "benchmark", "suffix", "samples", "temperature",
+                 "max_new_tokens", "seed"):
+        setup[name] = vars(args)[name]
+    text = json.dumps(problems)
+    setup["problems_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     # OUT.part has a line per answer so far. It becomes OUT when all are there.
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     folder = Path(args.model if Path(args.model).is_dir() else f"runs/answers/{args.model}")
@@ -258,7 +278,9 @@ def accuracy(args: argparse.Namespace) -> None:
             record["setup"] = {**setup, "code": data.CODE}
             data.write_lines(part, [record], "a")
             records.append(record)
-        records.sort(key=lambda record: (order[str(record["id"])], record["sample"]))
+        def place(record: dict) -> tuple:
+            return order[str(record["id"])], record["sample"]
+        records.sort(key=place)
         data.write_jsonl(out, records)
     part.unlink(missing_ok=True)
     wanted = len(problems) * args.samples
@@ -282,7 +304,9 @@ def compare(args: argparse.Namespace) -> None:
     check(golds_a == golds_b, f"{args.a} and {args.b}: not answers to the same problems")
     gain = np.array([a[problem] - b[problem] for problem in a])
     rng = np.random.default_rng(0)
-    means = [rng.choice(gain, len(gain)).mean() for _ in range(10000)]
+    means = []
+    for _ in range(10000):
+        means.append(rng.choice(gain, len(gain)).mean())
     low, high = np.percentile(means, (2.5, 97.5))
     print(f"A - B: {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; A is "
           f"better on {sum(gain > 0)}, B on {sum(gain < 0)} of {len(gain)} problems")
@@ -293,19 +317,22 @@ def kl_along_samples(author: Transformer, teacher: Transformer, student: Transfo
                      prompts: list[list], args: argparse.Namespace) -> np.ndarray:
     """KL(p || q) in nats at each position of what `author` samples, from the first token to
     the EOS: [prompts, max_new_tokens]. NaN after the EOS."""
+    def row_kl(p_hidden: Tensor, q_hidden: Tensor) -> Tensor:
+        return loss.kl(student.logits(q_hidden), teacher.logits(p_hidden))
+
     result = np.full((len(prompts), args.max_new_tokens), np.nan)
     starts = range(0, len(prompts), args.batch_size)
     for start in data.progress(starts, "measuring"):
         part = prompts[start:start + args.batch_size]
         seeds = [(args.seed, start + i) for i in range(len(part))]
         answers = author.sample(part, args.max_new_tokens, 1.0, seeds)
-        batch = data.collate([data.Example(np.array(prompt + ids), len(prompt))
-                              for prompt, (ids, _) in zip(part, answers, strict=True)],
-                             args.device)
+        examples = []
+        for prompt, (ids, _) in zip(part, answers, strict=True):
+            examples.append(data.Example(np.array(prompt + ids), len(prompt)))
+        batch = data.collate(examples, args.device)
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
         q_hidden = student(batch.tokens).flatten(0, 1)[batch.positions]
-        kl = data.map_rows(lambda p, q: loss.kl(student.logits(q), teacher.logits(p)),
-                           p_hidden, q_hidden).cpu().numpy()
+        kl = data.map_rows(row_kl, p_hidden, q_hidden).cpu().numpy()
         check(np.isfinite(kl).all(), "exposure: KL is not finite; try --dtype float32")
         for row, (ids, _) in enumerate(answers, start):
             result[row, :len(ids)] = kl[:len(ids)]
@@ -318,7 +345,8 @@ def exposure_curve(student: np.ndarray, teacher: np.ndarray, draws: int = 1000) 
     (`kl_along_samples`, [problems, samples, L]). A mean is over the answers that reach the
     position. The 95 % interval is a bootstrap over problems."""
     n = len(student)
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    rng = np.random.default_rng(0)
+    times = rng.multinomial(n, np.full(n, 1 / n), draws)  # how often a problem is drawn
     times = np.concatenate([np.ones((1, n)), times])  # row 0: the estimate itself
     def sum_of_means(kl: np.ndarray) -> np.ndarray:
         total = times @ np.nansum(kl, 1)
@@ -347,10 +375,12 @@ def exposure(args: argparse.Namespace) -> None:
     on_student = kl_along_samples(student, teacher, student, repeated, args)
     on_teacher = kl_along_samples(teacher, teacher, student, repeated, args)
     curve = exposure_curve(on_student.reshape(shape), on_teacher.reshape(shape))
-    lines: list[dict] = []
-    for length, values in enumerate(zip(*curve.values(), strict=True), 1):
-        numbers = [round(float(value), 6) for value in values]
-        lines.append({"length": length, **dict(zip(curve, numbers, strict=True))})
+    lines = []
+    for i in range(len(curve["R"])):
+        line: dict = {"length": i + 1}
+        for key, column in curve.items():
+            line[key] = round(float(column[i]), 6)
+        lines.append(line)
     data.write_jsonl(args.out, lines)
     for line in lines[::max(len(lines) // 8, 1)]:
         print("ExAccErr({length}) = {excess:+.2f} % [{low:+.2f}, {high:+.2f}] of summed KL "
@@ -380,7 +410,8 @@ def weights(args: argparse.Namespace) -> None:
             "ones more. Point at one to see q, p and w."]
     for example, q_logp in zip(examples, logps, strict=True):
         start, p_logp = example.prompt_length, example.teacher_logp
-        w = loss.discord_weight(torch.tensor(q_logp), torch.tensor(p_logp), args.tau)
+        pair = torch.tensor(q_logp), torch.tensor(p_logp)
+        w = loss.discord_weight(*pair, args.tau)
         prompt = tokenizer.decode(example.tokens[:start].tolist())
         page.append(f'</p>\n<p class="prompt">{html.escape(prompt)}</p>\n<p>')
         stream = DecodeStream(skip_special_tokens=False)
@@ -410,11 +441,14 @@ def report(args: argparse.Namespace) -> None:
         row["seconds"] = f"{run['seconds']:.0f}"
         table.append(row)
     names = list(dict.fromkeys(name for row in table for name in row))
-    widths = {name: max(len(row.get(name, "")) for row in [{name: name}, *table])
-              for name in names}
-    rule = {name: "-" * width for name, width in widths.items()}
-    for row in [{name: name for name in names}, rule, *table]:
-        print("|", " | ".join(f"{row.get(name, ''):{widths[name]}}" for name in names), "|")
+    table.insert(0, {name: name for name in names})
+    widths = {}
+    for name in names:
+        widths[name] = max(len(row.get(name, "")) for row in table)
+    table.insert(1, {name: "-" * widths[name] for name in names})
+    for row in table:
+        cells = [row.get(name, "").ljust(widths[name]) for name in names]
+        print("|", " | ".join(cells), "|")
 
 # ---- Grading: is the final answer of a text the gold answer?
 # - In doubt the verdict is "no": a refused right answer is one trace less, an accepted

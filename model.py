@@ -51,7 +51,7 @@ class Config(SimpleNamespace):
                       f"{' or '.join(map(str, known))} is implemented")
             return value
 
-        def number(key: str, default: float | None = None, kind: type = int) -> Any:
+        def number(key: str, default: Any = None, kind: type = int) -> Any:
             value = given.get(key, default)
             valid = type(value) in (int, kind) and 0 < value <= 1e9
             check(valid, f"{source}: {key} = {value!s:.60}: expected a number in (0, 1e9]")
@@ -106,7 +106,9 @@ def rope_table(config: Config, positions: Tensor) -> tuple:
         freq = keep * freq + (1 - keep) * freq / factor
     angle = positions[:, None, :, None].float() * freq
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    cos = torch.cat((cos, cos), dim=-1)
+    sin = torch.cat((-sin, sin), dim=-1)
+    return cos, sin
 
 class KVCache(SimpleNamespace):
     """Keys and values of all layers, allocated once: [2, layer, B, K, columns, Dh]; columns
@@ -214,14 +216,16 @@ class Transformer(nn.Module):
         """tokens [B, T], padded on the right -> hidden [B, T, D]. They extend the cache."""
         x = self.model.embed_tokens(tokens)
         T = tokens.shape[1]
-        positions, mask, past = torch.arange(T, device=x.device)[None], None, None
+        positions = torch.arange(T, device=x.device)[None]
+        mask = past = None
         if cache is not None:
             positions, mask = cache.extend(T)
         columns = T if mask is None else mask.shape[-1]
         rope = [table.to(x.dtype) for table in rope_table(self.config, positions)]
         for i, block in enumerate(self.model.layers):
             if cache is not None:
-                past = cache.data[:, i, :, :, :columns], positions[:, None, :, None]
+                layer = cache.data[:, i, :, :, :columns]
+                past = layer, positions[:, None, :, None]
             x = self.block_forward(block, x, rope, mask, past)
         return self.model.norm(x)
 
@@ -256,9 +260,9 @@ class Transformer(nn.Module):
         uniform = [np.random.default_rng(s).random(max_new_tokens) for s in seed]
         draws = torch.tensor(np.stack(uniform), device=device)  # [B, max_new_tokens]
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         cache = KVCache(self.config, lengths, longest + max_new_tokens, weight.dtype)
         new_tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         logp = torch.zeros(B, max_new_tokens, device=device)
@@ -344,7 +348,8 @@ def sample_token(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
     probabilities = (logits / temperature).softmax(-1)
     total = probabilities.double().cumsum(-1)
     index = torch.searchsorted(total, draw * total[:, -1:], right=True)
-    return index.clamp(max=logits.shape[-1] - 1)[:, 0]
+    V = logits.shape[-1]
+    return index.clamp(max=V - 1)[:, 0]
 
 def decode_with_cuda_graph(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     """A decoding step as one launch instead of 700: 3 ms instead of 11 for 0.5B on a H200.
