@@ -17,6 +17,7 @@ import random
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
+import evaluate
 import train
 from model import Transformer
 
@@ -79,7 +81,7 @@ def make_hf(folder: Path, kind: str = "qwen2", seed: int = 0, scale: float = 0.2
 def toy_model(tmp_path_factory) -> Path:
     """A random Qwen2 with the toy world's tokenizer."""
     folder = tmp_path_factory.mktemp("toy") / "model"
-    make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder), num_hidden_layers=1)
+    make_hf(folder, "qwen2", vocab_size=train.save_toy_tokenizer(folder), num_hidden_layers=1)
     return folder
 
 
@@ -87,7 +89,7 @@ def toy_model(tmp_path_factory) -> Path:
 def traces(toy_model, tmp_path_factory):
     """40 ragged toy traces with random teacher log-probabilities."""
     rng, file = random.Random(0), tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    records = [{**data.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
+    records = [{**train.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
     for record in records:
         record["teacher_logprobs"] = [-rng.random() * 8 for _ in range(len(
             record["response"].split()) + 1)]
@@ -100,6 +102,16 @@ def options(student, traces, out, *more):
         "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
         "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64",
         "--log-every", "3", "--save-every", "5", "--device", "cpu", *more])
+
+
+def sampled_fields(ids, logp, tokenizer, *more_eos) -> dict:
+    """What `evaluate.py accuracy` writes about sampled ids, without the verdict."""
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10 ** 9),
+                            eos_token_ids=[tokenizer.eot_id, *more_eos])
+    record = evaluate.grade_answer(model, tokenizer, {"id": 1, "prompt": "?", "answer": "5"}, [],
+                                   list(ids), logp)
+    kept = "response", "finished", "teacher_logprobs", "vocab", "tokens"
+    return {key: record[key] for key in kept if key in record}
 
 
 def weights(folder):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import evaluate
+import train
 from model import BadInput
 
 # name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
@@ -67,7 +68,8 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, real_tokenizer, name
     for case in cases:
         if "continue_final_message" not in case["kwargs"]:
             text = tokenizer.apply_chat_template(
-                case["messages"], case["add_generation_prompt"], **case["kwargs"])
+                case["messages"], add_generation_prompt=case["add_generation_prompt"],
+                **case["kwargs"])
             assert text == case["rendered"], case["case"]
     theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
     turns = [{"role": "user", "content": "What is 12 + 34? \\boxed{} it."}]
@@ -224,7 +226,7 @@ def test_bad_chat_templates(toy_model, tmp_path, template):
 
 def toy_examples(tokenizer, count, skip=0.5):
     rng = random.Random(0)
-    records = [{**data.toy_trace(rng, skip=skip), "id": i} for i in range(count)]
+    records = [{**train.toy_trace(rng, skip=skip), "id": i} for i in range(count)]
     return [data.encode_trace(record, tokenizer, "line 1") for record in records]
 
 
@@ -251,7 +253,7 @@ def test_batch_supervises_the_response_and_nothing_else(toy_model):
 
 def test_batch_carries_the_teacher(toy_model, traces):
     """Guards log p of another token, and of the padding: one number for each label, in order."""
-    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), teacher=True)
+    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), need_logprobs=True)
     batch = data.collate(examples)
     numbers = [x for _, record in data.read_jsonl(traces) for x in record["teacher_logprobs"]]
     assert batch.teacher_logp.tolist() == np.array(numbers, dtype=np.float32).tolist()
@@ -262,7 +264,7 @@ def test_the_sample_that_is_shown(toy_model):
     """Guards a picture of the mask that is not the mask."""
     tokenizer = data.Tokenizer(toy_model)
     example = data.encode_trace(GOOD, tokenizer, "line 1")
-    shown = data.show_example(example, tokenizer)
+    shown = train.show_example(example, tokenizer)
     assert shown == "<user> 7 a+3 b*4 <assistant>[a=0 b=0 #### 0 <end>]"
 
 
@@ -338,14 +340,14 @@ def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missi
                  {**GOOD, "teacher_logprobs": [-1.0, -1.0, -1.0, -1.0, 0.0]},
                  {**GOOD, "teacher_logprobs": values, "correct": False})
     tokenizer = data.Tokenizer(toy_model)
-    examples, dropped = data.load_traces(file, tokenizer, 64, teacher=True)
+    examples, dropped = data.load_traces(file, tokenizer, 64, need_logprobs=True)
     assert dropped == {"with a log-probability of null or -9999": 1, "wrong": 1}
     assert [example.teacher_logp.tolist() for example in examples] == [[-1, -1, -1, -1, 0]]
     examples, dropped = data.load_traces(file, tokenizer, 64)
     assert len(examples) == 2 and dropped == {"wrong": 1} and examples[0].teacher_logp is None
     with pytest.raises(BadInput, match=r"no usable trace; dropped: .*null or -9999': 1"):
         file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": values})
-        data.load_traces(file, tokenizer, 64, teacher=True)
+        data.load_traces(file, tokenizer, 64, need_logprobs=True)
 
 
 NO_SPELLING = r"line 2: tokens do not spell the response and its end .*--objective sft"
@@ -372,7 +374,7 @@ NO_SPELLING = r"line 2: tokens do not spell the response and its end .*--objecti
     ({**GOOD, "teacher_logprobs": None},
      "line 2: teacher_logprobs: expected 5 numbers.*data.py score"),
     ({**GOOD, "teacher_logprobs": [-1.0] * 4},
-     "line 2: teacher_logprobs: expected 5 numbers.*share a tokenizer"),
+     "line 2: teacher_logprobs: expected 5 numbers.*for each token and the end of turn"),
     ({**GOOD, "teacher_logprobs": 3}, "line 2: teacher_logprobs: expected 5 numbers.* not 3"),
     ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]},
      "line 2: teacher_logprobs: nan is not a log-prob"),
@@ -387,7 +389,7 @@ def test_broken_traces_are_named(toy_model, tmp_path, line, named):
     line = line if isinstance(line, bytes) else line.encode()
     file.write_bytes(file.read_bytes() + line + b"\n")
     with pytest.raises(BadInput, match=rf"{file} {named}"):
-        data.load_traces(file, data.Tokenizer(toy_model), 64, teacher=True)
+        data.load_traces(file, data.Tokenizer(toy_model), 64, need_logprobs=True)
 
 
 def test_a_prompt_without_tokens_is_named(toy_model, tmp_path):
@@ -438,21 +440,24 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     """Guards scoring at the wrong position, in another order, with padding mixed in, or of traces
     that nobody trains on; and what is written must load. Fields that nobody knows are kept."""
     rng = random.Random(1)
-    records = [{**data.toy_trace(rng, skip=0.5), "id": i, "level": [i]} for i in range(20)]
+    records = [{**train.toy_trace(rng, skip=0.5), "id": i, "level": [i]} for i in range(20)]
     records[7]["response"] = " ".join(["a=0"] * 99)
     records[8]["teacher_logprobs"] = [None]  # to be scored anew
     traces = write(tmp_path / "in.jsonl", *records[:5], {**GOOD, "correct": False}, *records[5:],
                    {**GOOD, "finished": False}, {**GOOD, "correct": False})
     out = tmp_path / "deep" / "out.jsonl"
     data.main(["score", "--traces", str(traces), "--teacher", str(toy_model), "--out", str(out)])
-    assert "20 traces scored; dropped: {'wrong': 2, 'unfinished': 1}" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{traces}: not read: level (20)",
+                    f"{traces}: 20 traces; dropped: {{'wrong': 2, 'unfinished': 1}}",
+                    f"{out}: 20 traces scored"]
     written = [record for _, record in data.read_jsonl(out)]
     for record, given in zip(written, records, strict=True):
         assert record.pop("teacher") == str(toy_model)
         assert record.pop("vocab") == data.Tokenizer(toy_model).vocab_hash
         assert given | {"teacher_logprobs": record["teacher_logprobs"]} == record
     tokenizer = data.Tokenizer(toy_model)
-    examples, dropped = data.load_traces(out, tokenizer, teacher=True)
+    examples, dropped = data.load_traces(out, tokenizer, need_logprobs=True)
     assert len(examples) == 20 and not dropped
     theirs = AutoModelForCausalLM.from_pretrained(toy_model)
     for record, example in zip(records, examples, strict=True):
@@ -486,7 +491,7 @@ def test_toy_traces(toy_model):
     """Guards the rule, the share of multiplications and of skipped values, and that text and tokens
     stand for each other."""
     tokenizer, rng = data.Tokenizer(toy_model), random.Random(0)
-    traces = [data.toy_trace(rng, times=0.1, skip=0.6) for _ in range(2000)]
+    traces = [train.toy_trace(rng, times=0.1, skip=0.6) for _ in range(2000)]
     for trace in traces:
         start, *operations = trace["prompt"].split()
         value, values = int(start), {}
@@ -507,7 +512,7 @@ def test_toy_traces(toy_model):
 def test_toy_world_opens_in_transformers(tmp_path):
     """Guards a toy world that only this project can read. (Its models are Llamas: for the others,
     transformers takes the family's way of splitting words, whatever tokenizer.json says.)"""
-    data.build_toy(tmp_path, seed=0)
+    train.build_toy(tmp_path, seed=0)
     folder = tmp_path / "seed0" / "blank-student"
     theirs, ours = AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == ours.vocab_size
@@ -524,7 +529,7 @@ def test_problem_fields(tmp_path, capsys):
     rows = [{"question": "q", "answer": "x #### 3"},
             {"problem": "p", "expected_answer": 7.0, "id": "a"},
             {"prompt": "r", "answer": None, "solution": "s"},
-            {"question": "u", "final_answer": ["$1$", "$2$"], "context": None}]
+            {"question": "u", "final_answer": ["$1$", "$2$"]}]
     expected = [
         {"id": "1", "prompt": "q", "answer": "x #### 3"},
         {"id": "a", "prompt": "p", "answer": "7.0"}, {"id": "3", "prompt": "r", "answer": "s"},
@@ -538,7 +543,7 @@ def test_problem_fields(tmp_path, capsys):
         f"{file} line {k}: dropped, its answer is empty" for k in (3, 4)]
     with pytest.raises(BadInput, match=r"p\.jsonl: no problems"):
         evaluate.load_problems(write(file, *empty))
-    for row, said in (({}, "no answer or final_answer or .*; it has $"),
+    for row, said in (({}, "prompt or question or problem = 'None': expected text; the fields here: $"),
                       ({"prompt": "3"}, "no answer or final_answer or .*; it has prompt"),
                       ({"answer": "3"}, "prompt or question or problem = 'None': expected text"),
                       ({"prompt": "3", "answer": {"value": 1}}, "the answer is an object"),
@@ -567,13 +572,13 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
     assert [record["rendered"] for record in records] == [
         "<user> 1 a+2\n \\boxed{} <assistant>", *(
             f"<system> b*3 <user> {text} <assistant>" for text in ("1 a+2\n \\boxed{}", boxed))]
-    prompts = evaluate.encode_problems(problems, tokenizer)
+    prompts = [evaluate.encode_problem(problem, tokenizer) for problem in problems]
     for record, prompt in zip(records, prompts, strict=True):
         example = data.encode_trace(record, tokenizer, "line 1")
         assert example.tokens[:example.prompt_length].tolist() == prompt
         assert prompt == tokenizer.encode(record["rendered"])
     again = evaluate.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}")
-    assert evaluate.encode_problems(again, tokenizer) == prompts
+    assert [evaluate.encode_problem(problem, tokenizer) for problem in again] == prompts
     turns = [system, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
              {"role": "user", "content": "3"}]
     file = write(tmp_path / "b.jsonl", {"messages": turns, "answer": "5"})

@@ -96,8 +96,8 @@ def test_interrupted_training(toy_model, traces, tmp_path, whole, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(owner, name, interrupt)
-        data.run_command(lambda: train.train(options(toy_model, traces, out)))
-    assert stopped.value.code == "interrupted; to continue training or an evaluation, add --resume"
+        data.run_command(lambda: train.train(options(toy_model, traces, out)), "add --resume")
+    assert stopped.value.code == "interrupted; add --resume"
     newest = max(out.glob("checkpoint-????????"), default=None)
     assert newest == (there and out / f"checkpoint-{there:08}")
     capsys.readouterr()
@@ -136,7 +136,7 @@ def test_interrupted_answers(toy_model, tmp_path, monkeypatch, capsys, temperatu
     after it, a half line, answers of other options mixed in, and a traceback in place of how to
     continue."""
     rng = random.Random(0)
-    data.write_jsonl(tmp_path / "p.jsonl", [data.toy_trace(rng) for _ in range(6)])
+    data.write_jsonl(tmp_path / "p.jsonl", [train.toy_trace(rng) for _ in range(6)])
     settings = ["accuracy", "--model", str(toy_model), "--benchmark", str(tmp_path / "p.jsonl"),
                 "--max-new-tokens", "9", "--batch-size", "2", "--temperature", temperature, "--out"]
     evaluate.main([*settings, str(tmp_path / "whole.jsonl")])
@@ -151,8 +151,8 @@ def test_interrupted_answers(toy_model, tmp_path, monkeypatch, capsys, temperatu
     out, part = tmp_path / "r.jsonl", tmp_path / "r.jsonl.part"
     monkeypatch.setattr(Transformer, "sample", sample)
     with pytest.raises(SystemExit) as stopped:
-        data.run_command(lambda: evaluate.main([*settings, str(out)]))
-    assert stopped.value.code == "interrupted; to continue training or an evaluation, add --resume"
+        data.run_command(lambda: evaluate.main([*settings, str(out)]), "add --resume")
+    assert stopped.value.code == "interrupted; add --resume"
     kept = part.read_text()
     assert kept.count("\n") == 4 and not out.exists()
     with pytest.raises(BadInput, match=r"r\.jsonl\.part: holds an evaluation; add --resume"):
@@ -197,7 +197,7 @@ def test_ctrl_c(toy_model, traces, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in said, said
-    assert said.endswith("interrupted; to continue training or an evaluation, add --resume\n")
+    assert said.endswith("interrupted; to continue, add --resume\n")
     args.resume = True
     newest = max((tmp_path / "run").glob("checkpoint-????????"))
     original, rates = train.learning_rate, []

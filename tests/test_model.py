@@ -308,7 +308,7 @@ def test_broken_files_are_named(tmp_path):
     whole = file.read_bytes()
     for broken in (whole[:-100], whole[:5], b"", b"\xff" * 200):
         file.write_bytes(broken)
-        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt, truncated"):
+        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt or truncated"):
             Transformer.from_pretrained(tmp_path)
     file.unlink()
     with pytest.raises(BadInput, match=r"model\.safetensors: missing"):
@@ -325,7 +325,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("model_type", "mistral"), ("model_type", None), ("hidden_act", "gelu"), ("mlp_bias", True),
+    ("model_type", "mistral"), ("model_type", [None]), ("hidden_act", "gelu"), ("mlp_bias", True),
     ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
     ("attention_dropout", 0.1), ("is_causal", False),
     ("quantization_config", {"quant_method": "fp8"}), ("auto_map", {"AutoModel": "x.Y"}),
@@ -387,4 +387,4 @@ def test_real_configs(shared):
         assert config.rope_theta == theirs.config.rope_parameters["rope_theta"]
         assert config.rope_type == theirs.config.rope_parameters["rope_type"]
     assert len(supported) == 49 and len(refused) == 12, (len(supported), refused)
-    assert all(" = " in message for message in refused)
+    assert all(" = " in message or "is not implemented" in message for message in refused)

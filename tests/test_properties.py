@@ -6,17 +6,19 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import sampled_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 import evaluate
+import train
 from model import BadInput
 
 settings.register_profile("here", derandomize=True, database=None, deadline=None, max_examples=80)
 settings.load_profile("here")
 
-WORDS = ["####", *map(str, range(10)), *(f"{a}{b}" for a in data.LETTERS for b in ("+2", "*4", "=7",
+WORDS = ["####", *map(str, range(10)), *(f"{a}{b}" for a in train.LETTERS for b in ("+2", "*4", "=7",
                                                                                "=0", "-3"))]
 sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 values = st.recursive(
@@ -56,11 +58,11 @@ def test_sampled_ids_come_back(tokenizer, ids, finished):
     stored must lead back to them, with one log-probability each."""
     ids = [i for i in ids if i != tokenizer.eot_id] or [7]
     ids += [tokenizer.eot_id] * finished
-    record = data.trace_fields(ids, np.linspace(-3, -1, len(ids)), tokenizer, finished)
+    record = sampled_fields(ids, np.linspace(-3, -1, len(ids)), tokenizer)
     if record["response"].strip():
         trace = {"prompt": "1", **record}
         assert data.response_ids(trace, tokenizer, "x line 1") == ids
-        example = data.encode_trace(trace, tokenizer, "x line 1", teacher=True)
+        example = data.encode_trace(trace, tokenizer, "x line 1", need_logprobs=True)
         assert example.tokens[example.prompt_length:].tolist() == ids
         assert len(example.teacher_logp) == len(ids)
     assert json.loads(json.dumps(record)) == record and len(record["teacher_logprobs"]) == len(ids)

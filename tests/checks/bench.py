@@ -75,8 +75,6 @@ class Bench:
     def ours(self) -> Transformer:
         model = Transformer.from_pretrained(self.folder, torch.float32, self.args.device)
         model.vocab_size = V
-        if self.args.device == "cuda":
-            model.decode = data.replay_step
         return model
 
     def theirs(self):
@@ -350,7 +348,7 @@ def child(bench: Bench, what: str) -> None:
 def growth(bench: Bench) -> None:
     """Cost a token and memory a trace over the number of traces, in a small world."""
     with tempfile.TemporaryDirectory() as folder:
-        data.build_toy(Path(folder), 0)
+        train.build_toy(Path(folder), 0)
         home = Path(folder, "seed0")
         model, tokenizer = data.load(home / "blank-student")
         lines = (home / "lessons.jsonl").read_text().splitlines()
