@@ -331,6 +331,48 @@ def test_dropped_traces_are_counted(toy_model, tmp_path):
         assert len(data.load_traces(file, data.Tokenizer(toy_model), limit)[0]) == kept
 
 
+def test_what_is_not_read_is_said(toy_model, tmp_path, capsys):
+    """Guards "corect": false, which trains on wrong traces, words that become <unk>, and a field of
+    a benchmark with another name: each is named once, with its count."""
+    file, tokenizer = tmp_path / "t.jsonl", data.Tokenizer(toy_model)
+    write(file, {**GOOD, "corect": False}, {**GOOD, "corect": False, "Answer": "0"},
+          {**GOOD, "response": "a=0 what? #### 0 what?"}, {**GOOD, "correct": True, "id": 1})
+    examples, _ = data.load_traces(file, tokenizer)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: not read: corect (2), Answer (1)",
+        f"{file}: 2 tokens are words that the tokenizer does not know"]
+    assert len(examples) == 4
+    write(file, {"question": "q", "answer": "3", "level": 5}, {"question": "q", "answer": "3",
+                                                              "level": 5, "prefx": [1]})
+    evaluate.load_problems(file)
+    assert capsys.readouterr().out == f"{file}: not read: level (2), prefx (1)\n"
+    with pytest.raises(BadInput) as error:
+        evaluate.load_problems("gsm8kk")
+    assert str(error.value) == ("--benchmark gsm8kk: no such file; the benchmarks with a name are "
+                                "gsm8k, math, math500, amc23, aime24, aime25, olympiadbench")
+
+
+def test_traces_beyond_the_context(toy_model, traces, tmp_path, monkeypatch, capsys):
+    """Guards scores and weights at positions that the model has never seen: such traces are
+    dropped and counted by score, select and weights."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 15}))
+    lengths = [len(record["prompt"].split()) + len(record["response"].split()) + 3
+               for _, record in data.read_jsonl(traces)]  # <user>, <assistant>, <end>
+    kept, long = sum(n <= 15 for n in lengths), sum(n > 15 for n in lengths)
+    assert kept >= 10 and long > 10
+    said = f"{traces}: {kept} traces; dropped: {{'longer than 15 tokens': {long}}}\n"
+    monkeypatch.chdir(tmp_path)
+    for main, command in ((data.main, "score --teacher m --out s"),
+                          (data.main, "select --student m --keep 1 --out s"),
+                          (evaluate.main, "weights --student m --out w")):
+        main([*command.split(), "--traces", str(traces), "--device", "cpu"])
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "s").read_text().count("\n") == kept
+    assert (tmp_path / "w").read_text().count("mean weight") == 10
+
+
 @pytest.mark.parametrize("missing", [None, -9999, -9999.0])
 def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missing):
     """Guards a training weight from no number: null, or the -9999 that vLLM writes for -inf. Who

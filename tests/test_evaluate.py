@@ -284,6 +284,22 @@ def test_answers_that_lie_there(toy_model, benchmark, tmp_path, capsys):
     assert out.read_bytes() == benchmark.read_bytes()
 
 
+def test_answers_of_other_code_are_noted(toy_model, benchmark, tmp_path, capsys):
+    """Guards answers of older code that pass for today's, or that are refused or lost."""
+    out = tmp_path / "r.jsonl"
+    words = ["accuracy", "--model", toy_model, "--benchmark", benchmark, "--max-new-tokens", 3,
+             "--limit", 2, "--device", "cpu", "--out", out]
+    run(*words)
+    whole, records = capsys.readouterr().out, evaluate.read_answers(out)
+    for record in records:
+        record["setup"]["code"] |= {"evaluate.py": "other", "data.py": "other", "train.py": "other"}
+    data.write_jsonl(out, records)
+    run(*words, "--resume")
+    said = f"{out}: data.py and evaluate.py changed since these answers were written\n"
+    assert capsys.readouterr().out == said + whole
+    assert evaluate.read_answers(out) == records
+
+
 def result(path, verdicts, gold="5"):
     """A file of answers with the given verdicts, one list for each problem."""
     setup = {"model": path.stem, "benchmark": "b", "temperature": 1.0, "max_new_tokens": 9}

@@ -78,6 +78,19 @@ def test_no_memory_is_not_a_corrupt_file(tmp_path, monkeypatch):
         Transformer.from_pretrained(tmp_path)
 
 
+def test_an_error_in_the_network_is_not_a_wrong_file(tmp_path, monkeypatch):
+    """Guards a mistake in somebody's Block that is reported as a broken checkpoint, without the
+    traceback that leads to it."""
+    make_hf(tmp_path, "qwen2")
+
+    def broken(self, config):
+        self.width = config.hiden_size
+
+    monkeypatch.setattr(model.Block, "__init__", broken)
+    with pytest.raises(AttributeError, match="hiden_size"):
+        Transformer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_heads_equal_repeated_ones(tmp_path, dtype):
     """Guards heads that read the keys of another group, in decoding and in prompts: the same model

@@ -1,5 +1,7 @@
 """train.py: gradients, accumulation, resuming, refusals, real input. Everything through train()."""
 
+import hashlib
+import itertools
 import json
 import math
 import random
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -427,10 +430,114 @@ def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
 
 
 def test_another_device_may_continue(toy_model, traces, tmp_path, monkeypatch):
-    """Guards a run that can only be resumed where it began."""
+    """Guards a run that can only be resumed where it began: without --dtype, the default of each
+    device is no other option. A dtype that was given stays."""
     interrupted(monkeypatch, options(toy_model, traces, tmp_path / "run"), 7)
     args = options(toy_model, traces, tmp_path / "run", "--resume", "--device", "cuda:1")
-    assert "device" not in train.load_run(args)["options"]
+    found = train.load_run(args)["options"]
+    assert "device" not in found and found["dtype"] is None
+    assert data.compute_dtype(args) == "bfloat16"
+    with pytest.raises(BadInput, match="cannot resume: dtype was None, is now float32"):
+        train.load_run(options(toy_model, traces, tmp_path / "run", "--resume", "--dtype",
+                               "float32"))
+
+
+def edit_code(folder, **code):
+    """As if these files had other hashes when the run began."""
+    run = json.loads((folder / "run.json").read_text())
+    run["code"] = {**data.CODE, **{f"{name}.py": value for name, value in code.items()}}
+    data.write_jsonl(folder / "run.json", [run])
+
+
+def test_a_run_of_other_code(toy_model, traces, tmp_path, monkeypatch, capsys):
+    """Guards a finished run of older code that passes for one of today's, and a run that two
+    versions share without a word. Only what shapes the training counts; a run without hashes is
+    older than all."""
+    out = tmp_path / "run"
+    interrupted(monkeypatch, options(toy_model, traces, out), 7)
+    resumed = options(toy_model, traces, out, "--resume")
+    train.load_run(resumed)
+    assert "changed since" not in capsys.readouterr().out
+    edit_code(out, loss="other", data="other")
+    train.train(resumed)
+    assert f"{out}: data.py and loss.py changed since this run began\n" in capsys.readouterr().out
+    advice = "to train again, choose another --out or remove the folder"
+    for code, said in (({"loss": "other"}, "loss.py"), ({"train": "", "model": "1"}, "model.py and "
+                                                                                   "train.py")):
+        edit_code(out, **code)
+        with pytest.raises(BadInput) as error:
+            train.train(resumed)
+        assert str(error.value) == f"{out}: finished, but {said} changed since: {advice}"
+    edit_code(out, evaluate="other")
+    train.train(resumed)
+    assert "this run is finished" in capsys.readouterr().out
+    run = json.loads((out / "run.json").read_text())
+    del run["code"]
+    data.write_jsonl(out / "run.json", [run])
+    with pytest.raises(BadInput, match=r"but model\.py and data\.py and loss\.py and train\.py ch"):
+        train.train(resumed)
+    for name, digest in data.CODE.items():
+        source = Path(train.__file__).with_name(name).read_bytes()
+        assert hashlib.sha256(source).hexdigest().startswith(digest) and len(digest) == 8
+
+
+def test_the_toy_after_an_edit(tmp_path, monkeypatch, capsys):
+    """Guards a table that shows the runs of older code after an edit of loss.py, and two minutes
+    for a teacher, a student and traces that are there. Old answers of all models go."""
+    names = "teacher", "seed0/student", "seed0/sft", "seed0/discord"
+    setup = {"temperature": 0, "model": "m", "benchmark": "b", "max_new_tokens": 9}
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        data.write_jsonl(tmp_path / name / "run.json", [{"seconds": 1.0}])
+        edit_code(tmp_path / name, loss="other")
+        code = {**data.CODE, "model.py": "other"} if name == "teacher" else data.CODE
+        data.write_jsonl(tmp_path / name / "held-out-greedy.jsonl", [
+            {"setup": {**setup, "code": code}}])
+    edit_code(tmp_path / "seed0/sft", evaluate="other")  # no part of the training
+    (tmp_path / "seed0/traces.jsonl").write_text("")
+    trained, asked = [], []
+    monkeypatch.setattr(train, "build_toy", lambda root, seed: None)
+    monkeypatch.setattr(train, "train", lambda args: trained.append(Path(args.out).name))
+    monkeypatch.setattr(evaluate, "main", lambda argv: asked.append(argv))
+    train.toy(train.parse_args(["--out", str(tmp_path)]))
+    assert trained == ["sft", "discord"] and not (tmp_path / "seed0/discord").exists()
+    assert sorted(str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("run.json")) == [
+        "seed0/sft", "seed0/student", "teacher"]
+    assert (tmp_path / "seed0/traces.jsonl").exists()
+    assert [(tmp_path / name / "held-out-greedy.jsonl").exists() for name in names] == [
+        False, True, True, False]
+    assert not any("problems.jsonl" in word for argv in asked for word in argv)
+    said = f"{tmp_path}/seed0/discord: loss.py changed, so it is trained again. The teacher, the "
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_seconds_and_tokens_per_second(toy_model, traces, tmp_path, monkeypatch):
+    """Guards a time that forgets the processes before, and tok/s that counts a checkpoint's time
+    as training. The clock ticks 7 s at each look, and a checkpoint takes 1,000."""
+    now, save = [0], train.save_checkpoint
+
+    def look():
+        now[0] += 7
+        return now[0]
+
+    def slow(*args):
+        now[0] += 1000
+        save(*args)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    interrupted(monkeypatch, options(toy_model, traces, tmp_path / "run"), 7)
+    run = train.train(options(toy_model, traces, tmp_path / "run", "--resume"))
+    lines = [line for _, line in data.read_jsonl(tmp_path / "run" / "log.jsonl")]
+    assert [line["seconds"] for line in lines] == [7, 21, 28, 42, 56, 1070]
+    assert run["seconds"] == 1084
+    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), 64)
+    size = [sum(len(example.tokens) - example.prompt_length for part in
+                data.step_examples(examples, step, 4, 2, 0) for example in part)
+            for step in range(12)]
+    steps = [0, *(line["step"] for line in lines)]
+    assert [line["tok/s"] for line in lines] == [
+        round(sum(size[a:b]) / 7) for a, b in itertools.pairwise(steps)]
 
 
 def test_dtype_by_device():
@@ -541,8 +648,7 @@ def test_on_policy_batches(toy_model, traces, tmp_path):
             if example is not old:
                 rewritten.append((0, step, i))
                 response = example.tokens[size:].tolist()
-                assert len(response) <= max(len(e.tokens) - e.prompt_length
-                                            for e in examples[i // 5 * 5:i // 5 * 5 + 5])
+                assert len(response) <= max(len(e.tokens) - e.prompt_length for e in examples[:10])
                 assert tokenizer.eot_id not in response[:-1]
                 finished += response[-1] == tokenizer.eot_id
                 prompt = example.tokens[:size].tolist()
@@ -553,6 +659,26 @@ def test_on_policy_batches(toy_model, traces, tmp_path):
     train.train(options(toy_model, traces, tmp_path / "off", *more, "0"))
     train.train(options(toy_model, traces, tmp_path / "on", *more, "0.5"))
     assert largest_difference(weights(tmp_path / "off"), weights(tmp_path / "on")) > 1e-2
+
+
+def test_on_policy_answers_do_not_depend_on_the_cut(toy_model, traces, tmp_path):
+    """Guards answers that end at the longest trace of their micro-batch, or draw by their place in
+    it: 1 x 4, 2 x 2 and 4 x 1 have the same answers, as long as the longest trace of the step."""
+    student, tokenizer = data.load(toy_model)
+    student.eos_token_ids = []
+    examples, _ = data.load_traces(traces, tokenizer, 64)
+    args = options(toy_model, traces, tmp_path, "--on-policy", "0.7")
+    for step in range(5):
+        found = []
+        for size, count in ((4, 1), (2, 2), (1, 4)):
+            parts = data.step_examples(examples, step, size, count, 0)
+            lengths = [len(e.tokens) - e.prompt_length for part in parts for e in part]
+            train.resample_on_policy(student, parts, step, args)
+            found.append([e.tokens.tolist() for part in parts for e in part])
+            new = [e for part in parts for e in part if e.teacher_logp is None and not any(
+                e is old for old in examples)]
+            assert {len(e.tokens) - e.prompt_length for e in new} == {max(lengths)}
+        assert found[0] == found[1] == found[2] and len(set(lengths)) > 1
 
 
 def test_on_policy_resumes_bit_for_bit(toy_model, traces, tmp_path, monkeypatch):
