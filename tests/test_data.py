@@ -2,7 +2,6 @@
 
 import doctest
 import json
-import math
 import random
 import shutil
 from functools import cache
@@ -209,18 +208,6 @@ def test_padding_baked_into_a_tokenizer_is_ignored(toy_model, tmp_path):
     assert len(data.Tokenizer(tmp_path).encode("1 a+2 b*3")) == 3
 
 
-@pytest.mark.parametrize("template", [
-    "{{ messages.__class__.__mro__ }}", "{{ raise_exception('no system role') }}", "{% for %}",
-    "{{ messages[0].content + 1 }}", "{% set _ = messages.append(1) %}"])
-def test_bad_chat_templates(toy_model, tmp_path, template):
-    """Guards templates that reach into Python: they run in jinja2's immutable sandbox. A template
-    that fails is named."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").write_text(template)
-    with pytest.raises(BadInput, match="chat template"):
-        data.Tokenizer(tmp_path / "m").encode_prompt([{"role": "user", "content": "hi"}])
-
-
 # ------------------------------------------------------------------------------- examples, batches
 
 
@@ -392,83 +379,6 @@ def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missi
         data.load_traces(file, tokenizer, 64, need_logprobs=True)
 
 
-NO_SPELLING = r"line 2: tokens do not spell the response and its end .*--objective sft"
-
-
-@pytest.mark.parametrize("line, named", [
-    ('{"prompt": "x"', "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object"),
-    (b'{"prompt": "\xff"}', "line 2: not valid JSON"),
-    ({"response": "a=0"}, "line 2: prompt = .None.: expected text"),
-    ({"prompt": "x"}, "line 2: response = .None.: expected text"),
-    ({**GOOD, "response": ""}, "line 2: response = ''"),
-    ({**GOOD, "response": 5}, "line 2: response = '5'"),
-    ({**GOOD, "prompt": " "}, "line 2: prompt = ' '"),
-    ({**GOOD, "messages": "hi"}, "line 2: messages"),
-    ({**GOOD, "messages": [{}]}, "line 2: messages"),
-    ({**GOOD, "tokens": [1, 9999]}, NO_SPELLING),  # out of range
-    ({**GOOD, "tokens": [-1, 3]}, NO_SPELLING),
-    ({**GOOD, "tokens": [1, 2, 3]}, NO_SPELLING),  # another text
-    ({**GOOD, "tokens": [4, 5, 3]}, NO_SPELLING),  # a part of the text
-    ({**GOOD, "tokens": []}, NO_SPELLING),
-    ({**GOOD, "tokens": [69, 79, 4, 5.0, 3]}, NO_SPELLING),
-    ({**GOOD, "tokens": [69, 79, 4, 5]}, NO_SPELLING),  # no end of turn: nobody learns to stop
-    ({**GOOD, "tokens": ["a"]}, NO_SPELLING),
-    ({**GOOD, "teacher_logprobs": None},
-     "line 2: teacher_logprobs: expected 5 numbers.*data.py score"),
-    ({**GOOD, "teacher_logprobs": [-1.0] * 4},
-     "line 2: teacher_logprobs: expected 5 numbers.*for each token and the end of turn"),
-    ({**GOOD, "teacher_logprobs": 3}, "line 2: teacher_logprobs: expected 5 numbers.* not 3"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]},
-     "line 2: teacher_logprobs: nan is not a log-prob"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]},
-     "line 2: teacher_logprobs: 0.5 is not"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]},
-     "line 2: teacher_logprobs: 'x' is not")])
-def test_broken_traces_are_named(toy_model, tmp_path, line, named):
-    """Guards every refusal: file, line, field, and what to do."""
-    file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": [-1.0] * 5})
-    line = json.dumps(line) if isinstance(line, dict) else line
-    line = line if isinstance(line, bytes) else line.encode()
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    with pytest.raises(BadInput, match=rf"{file} {named}"):
-        data.load_traces(file, data.Tokenizer(toy_model), 64, need_logprobs=True)
-
-
-def test_a_prompt_without_tokens_is_named(toy_model, tmp_path):
-    """Guards a response whose first token would be predicted from position -1, the end."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    raw = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    del raw["chat_template"]
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(raw))
-    trace = {"messages": [{"role": "user", "content": ""}], "response": "a=0"}
-    with pytest.raises(BadInput, match="line 1: the prompt has no token"):
-        data.encode_trace(trace, data.Tokenizer(tmp_path / "m"), "t.jsonl line 1")
-
-
-def test_missing_and_empty_files_are_named(toy_model, tmp_path):
-    tokenizer = data.Tokenizer(toy_model)
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):  # run_command prints it
-        data.load_traces(tmp_path / "absent.jsonl", tokenizer, 64)
-    with pytest.raises(BadInput, match=r"t\.jsonl: no usable trace; dropped: none"):
-        data.load_traces(write(tmp_path / "t.jsonl"), tokenizer, 64)
-    with pytest.raises(BadInput, match=r"no usable trace; dropped: \{'wrong': 2\}"):
-        file = write(tmp_path / "t.jsonl", *[{**GOOD, "correct": False}] * 2)
-        data.load_traces(file, tokenizer, 64)
-    with pytest.raises(BadInput, match=r"tokenizer\.json: missing, or not a tokenizer"):
-        data.Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"tokenizer\.json: missing, or not a tokenizer"):
-        data.Tokenizer(tmp_path)
-
-
-def test_vocabulary_mismatch_is_refused(toy_model, tmp_path):
-    """Guards a tokenizer whose ids the model has no rows for: an index error deep in a run."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    make_hf(tmp_path / "m", "qwen2", vocab_size=50)
-    with pytest.raises(BadInput, match="mismatch: the tokenizer has 129 ids, the model 50"):
-        data.load(tmp_path / "m")
-
-
 def test_end_of_turn_stops_a_base_model(toy_model, tmp_path):
     """Guards base models (Qwen2.5) whose config names another EOS than their template writes: the
     student would be trained to end with a token that generation does not stop at."""
@@ -583,21 +493,6 @@ def test_problem_fields(tmp_path, capsys):
     assert evaluate.load_problems(write(file, *rows[:2], *empty)) == expected[:2]
     assert capsys.readouterr().out.splitlines() == [
         f"{file} line {k}: dropped, its answer is empty" for k in (3, 4)]
-    with pytest.raises(BadInput, match=r"p\.jsonl: no problems"):
-        evaluate.load_problems(write(file, *empty))
-    for row, said in (({}, "prompt or question or problem = 'None': expected text; the fields here: $"),
-                      ({"prompt": "3"}, "no answer or final_answer or .*; it has prompt"),
-                      ({"answer": "3"}, "prompt or question or problem = 'None': expected text"),
-                      ({"prompt": "3", "answer": {"value": 1}}, "the answer is an object"),
-                      ({"question": " ", "answer": "3"}, "prompt or question or problem = ' '")):
-        with pytest.raises(BadInput, match=rf"p\.jsonl line 2: {said}"):
-            evaluate.load_problems(write(file, rows[0], row))
-    for text, said in (('[{"prompt": "x", "answer": "3"}]', "line 1: not a JSON object"),
-                       ("[{", "line 1: not valid JSON"), ("7", "line 1: not a JSON object"),
-                       ("", "no problems")):
-        file.write_text(text)
-        with pytest.raises(BadInput, match=rf"p\.jsonl:? {said}"):
-            evaluate.load_problems(file)
 
 
 def test_one_place_renders_prompts(toy_model, tmp_path):

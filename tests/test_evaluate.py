@@ -1,7 +1,6 @@
 """evaluate.py without the grading: answers, accuracy, comparison, exposure, the page of weights,
 the table of runs, and that a teacher's right answers train a student."""
 
-import itertools
 import json
 import math
 import random
@@ -175,49 +174,6 @@ def benchmark(tmp_path, problems):
     return path
 
 
-def test_interrupted_evaluation_goes_on(toy_model, benchmark, tmp_path, capsys, monkeypatch):
-    """Guards an hour's answers lost to an interrupt, a half-written line, and answers of other
-    settings mixed in: a resumed file has the bytes of a whole one. The summary needs no model
-    afterwards."""
-    settings = ["accuracy", "--model", toy_model, "--benchmark", benchmark, "--samples", 2,
-                "--temperature", 1.0, "--max-new-tokens", 9, "--batch-size", 16, "--device", "cpu"]
-    run(*settings, "--out", tmp_path / "whole.jsonl")
-    whole, out, part = capsys.readouterr().out, tmp_path / "r.jsonl", tmp_path / "r.jsonl.part"
-    calls, original = [], Transformer.sample
-
-    def interrupted(self, *args, **options):
-        calls.append(len(args[0]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, *args, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Transformer, "sample", interrupted)
-        run(*settings, "--out", out)
-    lines = part.read_text().splitlines(keepends=True)
-    assert len(lines) == 32 and not out.exists()
-    part.write_text("".join(lines[:20]) + '{"id": 3, "resp')  # killed within the second batch
-    with pytest.raises(BadInput, match=r"r\.jsonl\.part: holds an evaluation; add --resume"):
-        run(*settings, "--out", out)
-    with pytest.raises(BadInput, match="cannot resume: max_new_tokens was 9, is now 8"):
-        run(*settings, "--max-new-tokens", 8, "--resume", "--out", out)
-    assert part.read_text().splitlines(keepends=True) == lines[:20]  # the half line is gone
-    capsys.readouterr()
-    monkeypatch.setattr(Transformer, "sample", lambda self, prompts, *args, **options: (
-        calls.append(len(prompts)), original(self, prompts, *args, **options))[1])
-    run(*settings, "--out", out, "--resume")
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
-    assert [(int(r["id"]), r["sample"]) for r in map(json.loads, open(out))] == list(
-        itertools.product(range(30), range(2)))
-    assert calls[3:] == [16, 16, 12]  # the batches of the whole run: its sums, to the last digit
-    assert {line + "\n" for line in out.read_text().splitlines()} >= set(lines[:20])
-    whole = whole.replace("whole.jsonl", "r.jsonl")
-    assert capsys.readouterr().out == whole
-    monkeypatch.delattr(Transformer, "sample")
-    run(*settings, "--out", out, "--resume")
-    assert capsys.readouterr().out == whole
-
-
 @pytest.mark.parametrize("file", ["r.jsonl", "r.jsonl.part"])
 def test_other_settings_are_refused(toy_model, benchmark, tmp_path, monkeypatch, file):
     """Guards answers of two settings in one file. Each setting is in each record, and a resumed
@@ -257,18 +213,13 @@ def test_other_settings_are_refused(toy_model, benchmark, tmp_path, monkeypatch,
 
 
 def test_answers_that_lie_there(toy_model, benchmark, tmp_path, capsys):
-    """Guards --resume with an older OUT beside a newer OUT.part, with lost answers, and with a file
-    of something else. A finished OUT stays as it is."""
-    out, part = tmp_path / "r.jsonl", tmp_path / "r.jsonl.part"
+    """Guards --resume with lost answers, and with a file of something else. A finished OUT stays as
+    it is."""
+    out = tmp_path / "r.jsonl"
     words = ["accuracy", "--model", toy_model, "--benchmark", benchmark, "--max-new-tokens", 3,
              "--limit", 3, "--device", "cpu", "--out", out]
     run(*words)
     whole, line = out.read_text(), capsys.readouterr().out
-    assert '"correct":false' in whole
-    part.write_text(whole[:whole.index("\n") + 1])
-    out.write_text(whole.replace('"correct":false', '"correct":true'))  # an older model's
-    run(*words, "--resume")
-    assert out.read_text() == whole and not part.exists() and capsys.readouterr().out == line
     out.write_text(whole.rstrip("\n"))  # an editor did this
     run(*words, "--resume")
     assert out.read_text() == whole.rstrip("\n") and capsys.readouterr().out == line
@@ -326,18 +277,13 @@ def test_compare(tmp_path, capsys):
     several = result(tmp_path / "c.jsonl", [[True, False]] * 50 + [[False, False]] * 50)
     run("compare", several, several)
     out = capsys.readouterr().out
-    assert "accuracy 0.250 +- 0.025, pass@2 0.500 (T=1, 100 x 2 " in out and "+0.0000 to +0.0000" in out
+    assert "accuracy 0.250 +- 0.025, pass@2 0.500 (T=1, 100 x 2 " in out
+    assert "+0.0000 to +0.0000" in out
     assert "A is better on 0, B on 0 of 100" in out
     for other in (result(tmp_path / "d.jsonl", [[True]] * 100, gold="6"),
                   result(tmp_path / "f.jsonl", [[True]] * 99)):
         with pytest.raises(BadInput, match=r"a\.jsonl and .*[df]\.jsonl: not answers to the same"):
             run("compare", a, other)
-    data.write_jsonl(tmp_path / "e.jsonl", [{"id": 1, "prompt": "x", "answer": "y"}])
-    with pytest.raises(BadInput, match=r"e\.jsonl: expected a file that `accuracy` wrote"):
-        run("compare", a, tmp_path / "e.jsonl")
-    (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(BadInput, match=r"e\.jsonl: the file is empty"):
-        run("compare", tmp_path / "e.jsonl", a)
 
 
 V = 8  # of the tabular models below; token 7 ends an answer
@@ -415,7 +361,7 @@ def test_exposure_counts_rows_that_are_still_there():
 
 
 def test_exposure_command(toy_model, benchmark, tmp_path, capsys):
-    """Guards the curve's file, and models with different tokenizers."""
+    """Guards the curve's file."""
     make_hf(tmp_path / "other", "llama", vocab_size=train.save_toy_tokenizer(tmp_path / "other"))
     words = ["exposure", "--teacher", toy_model, "--benchmark", benchmark, "--limit", 5,
              "--samples", 3, "--max-new-tokens", 6, "--device", "cpu",
@@ -427,10 +373,6 @@ def test_exposure_command(toy_model, benchmark, tmp_path, capsys):
     assert lines[0]["excess"] == pytest.approx(0, abs=1e-3) and lines[0]["R"] > 0.1
     assert max(abs(line["R"] - line["epsilon"]) for line in lines) > 0.01  # two authors
     assert f"ExAccErr({len(lines)}) = {lines[-1]['excess']:+.2f} %" in capsys.readouterr().out
-    file = tmp_path / "other" / "tokenizer.json"
-    file.write_text(file.read_text().replace("####", "@@@@"))
-    with pytest.raises(BadInput, match="exposure: different tokenizers"):
-        run(*words, "--student", tmp_path / "other")
 
 
 class HTMLTags(HTMLParser):
@@ -543,12 +485,6 @@ def test_report(tmp_path, capsys):
         {**empty, "run": "seed0/none", "tokens": "", "seconds": "5"},
         {**empty, "run": "seed0/discord", "b-greedy": "0.700 +- 0.046",
          "c-greedy": "0.500 +- 0.050", "seconds": "1"}]
-    broken = finished_run(tmp_path / "broken", {})
-    data.write_jsonl(broken / "run.json", [{"options": {}}])
-    with pytest.raises(BadInput, match="broken: not finished; add --resume to its command"):
-        run("report", runs[0], broken)
-    with pytest.raises(BadInput, match=r"gone/run\.json: missing"):
-        run("report", tmp_path / "gone")
 
 
 def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
@@ -577,18 +513,3 @@ def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
         "--max-new-tokens", 5, "--device", "cpu")
     assert "(greedy, 3 x 1 answers of" in capsys.readouterr().out
     assert len((tmp_path / "run/p-greedy.jsonl").read_text().splitlines()) == 3
-
-
-def test_command_line_refuses(toy_model, tmp_path):
-    with pytest.raises(BadInput, match="--samples > 1 needs a --temperature above 0"):
-        run("accuracy", "--model", "m", "--benchmark", "b", "--samples", 2)
-    file = tmp_path / "b.jsonl"
-    with pytest.raises(SystemExit, match=r"error: --benchmark .*b\.jsonl: no such file; the bench"):
-        data.run_command(lambda: run("accuracy", "--model", toy_model, "--benchmark", file))
-    make_hf(tmp_path / "m", "llama")
-    data.write_jsonl(file, [{"prompt": "x", "answer": "y"}])
-    with pytest.raises(BadInput, match=r"tokenizer\.json: missing, or not a tokenizer"):
-        run("accuracy", "--model", tmp_path / "m", "--benchmark", file)
-    data.write_jsonl(file, [{"id": 1, "prompt": "x", "answer": "y"}] * 2)
-    with pytest.raises(BadInput, match=r"b\.jsonl: problems with the same id"):
-        run("accuracy", "--model", toy_model, "--benchmark", file)

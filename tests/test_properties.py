@@ -18,8 +18,8 @@ from model import BadInput
 settings.register_profile("here", derandomize=True, database=None, deadline=None, max_examples=80)
 settings.load_profile("here")
 
-WORDS = ["####", *map(str, range(10)), *(f"{a}{b}" for a in train.LETTERS for b in ("+2", "*4", "=7",
-                                                                               "=0", "-3"))]
+WORDS = ["####", *map(str, range(10)),
+         *(f"{a}{b}" for a in train.LETTERS for b in ("+2", "*4", "=7", "=0", "-3"))]
 sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-2 ** 60, 2 ** 60) | st.text() |

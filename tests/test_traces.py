@@ -1,6 +1,5 @@
 """data.py: sampled ids as traces and back, thinking, and the stages of DASD, on made traces."""
 
-import gzip
 import json
 import math
 import random
@@ -123,17 +122,6 @@ def test_other_tokens_are_refused(tokenizer, tmp_path):
     assert ids == [*tokenizer.encode("caf\u00e9"), tokenizer.eot_id]
 
 
-def test_another_tokenizers_numbers_are_refused(tokenizer, tmp_path):
-    """Guards log-probabilities of other tokens where no ids tell: their number differs."""
-    other = save_tokenizer(tmp_path / "teacher", ["caf", "\u0120It", "5", "It\u0120is"])
-    count = len(other.encode(TEXT)) + 1
-    assert count != len(tokenizer.encode(TEXT)) + 1
-    data.write_jsonl(tmp_path / "t.jsonl", [
-        {"prompt": "What?", "response": TEXT, "teacher_logprobs": [-1.0] * count}])
-    with pytest.raises(BadInput, match=r"t\.jsonl line 1: teacher_logprobs: expected 34 numbers, one for"):
-        data.load_traces(tmp_path / "t.jsonl", tokenizer, need_logprobs=True)
-
-
 @pytest.mark.parametrize("opened", [True, False])
 def test_thinking_that_the_template_opens(tmp_path, opened):
     """Guards <think> twice where both the template and the trace open it, and a lost one."""
@@ -185,17 +173,6 @@ def test_thinking_in_a_field_of_its_own(tokenizer, name):
                           "t line 1")
 
 
-@pytest.mark.parametrize("name", ["tools", "tool_calls", "functions", "function_call"])
-def test_tools_are_refused(tokenizer, name):
-    """Guards a call of a tool that is cut out of a trace without a word."""
-    field = {name: [{"name": "add", "arguments": "{}"}]}
-    for record in ({"messages": CHAT, **field}, {"messages": [CHAT[0], {**CHAT[1], **field}]},
-                   {"messages": [CHAT[0], {**CHAT[1], **field, "content": None}, *CHAT]}):
-        with pytest.raises(BadInput, match=rf"t line 1: {name} would be lost; remove it"):
-            data.encode_trace(record, tokenizer, "t line 1")
-    data.encode_trace({"messages": CHAT, name: []}, tokenizer, "t line 1")
-
-
 def test_an_answer_is_not_in_its_prompt(tokenizer):
     """Guards an answer that stands in the prompt and is trained on again; a question is needed, in
     an evaluation, too."""
@@ -237,17 +214,6 @@ def test_turns_that_a_template_drops(tmp_path, template, role):
     example = data.encode_trace({"messages": turns, "response": "4"}, tokenizer, "t line 1")
     shown = train.show_example(example, tokenizer)
     assert shown.count("2+2?") == 2 and "Be brief." in shown and "[turn" not in shown
-
-
-def test_a_template_that_refuses_names_the_line(tmp_path):
-    """Guards "roles must alternate" of some trace among thousands."""
-    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else "
-                                "raise_exception('unknown role') }}")
-    with pytest.raises(BadInput, match=r"t line 9: chat template: .*unknown role"):
-        tokenizer = data.Tokenizer.__new__(data.Tokenizer)  # its own end of turn fails, too
-        tokenizer.template, tokenizer.special_tokens = data.TEMPLATES.from_string(template), {}
-        tokenizer.folder = tmp_path
-        tokenizer.encode_prompt([{"role": "critic", "content": "?"}], "t line 9")
 
 
 @pytest.mark.parametrize("name, reason", [("correct", "wrong"), ("finished", "unfinished")])
@@ -339,30 +305,6 @@ def test_log_probabilities_that_are_all_zero(tokenizer, tmp_path):
     assert len(data.load_traces(file, tokenizer)[0]) == 2
     data.write_jsonl(file, [zero, {**zero, "teacher_logprobs": [0.0, -0.0001, 0.0]}])
     assert len(data.load_traces(file, tokenizer, need_logprobs=True)[0]) == 2
-
-
-@pytest.mark.parametrize("value", [0.5, 2.25, 1, True, False, math.inf, -math.inf, math.nan, "-1",
-                                   [-1.0]])
-def test_what_is_no_log_probability(tokenizer, value):
-    """Guards probabilities, losses and flags that pass for log-probabilities. It is named."""
-    record = {"prompt": "?", "response": "so", "teacher_logprobs": [-1.0, value, -1.0]}
-    with pytest.raises(BadInput, match=rf"t line 1: teacher_logprobs: {re.escape(repr(value))} is "
-                       "not a log-prob.* at most 0"):
-        data.encode_trace(record, tokenizer, "t line 1", need_logprobs=True)
-
-
-LINE = b'{"prompt": "2+2?", "response": "4"}'
-
-
-@pytest.mark.parametrize("form, content", [
-    ("gzip", gzip.compress(LINE)), ("Parquet", b"PAR1\x15\x04"), ("a JSON array", b"[" + LINE + b"]"),
-    ("a JSON array", b"[\n" + LINE + b"\n]"), ("ShareGPT", b'{"conversations": [{"from": "human"}]}'),
-    ("Alpaca", b'{"instruction": "2+2?", "output": "4"}')])
-def test_other_formats(tokenizer, tmp_path, form, content):
-    """Guards a refusal that does not say what the file is."""
-    (tmp_path / "f").write_bytes(content)
-    with pytest.raises(BadInput, match=rf"f line 1: (.*this is {form}, not an object|{form} format)"):
-        data.load_traces(tmp_path / "f", tokenizer)
 
 
 # ------------------------------------------------------------------------------------ SentencePiece

@@ -501,8 +501,8 @@ def test_the_toy_after_an_edit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "main", lambda argv: asked.append(argv))
     train.toy(train.parse_args(["--out", str(tmp_path)]))
     assert trained == ["sft", "discord"] and not (tmp_path / "seed0/discord").exists()
-    assert sorted(str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("run.json")) == [
-        "seed0/sft", "seed0/student", "teacher"]
+    left = sorted(str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("run.json"))
+    assert left == ["seed0/sft", "seed0/student", "teacher"]
     assert (tmp_path / "seed0/traces.jsonl").exists()
     assert [(tmp_path / name / "held-out-greedy.jsonl").exists() for name in names] == [
         False, True, True, False]
@@ -547,7 +547,7 @@ def test_dtype_by_device():
                            (["--device", "cuda", "--dtype", "float32"], "float32"),
                            (["--device", "cpu", "--dtype", "bfloat16"], "bfloat16")):
         assert data.compute_dtype(train.parse_args([*run, *more])) == expected
-    assert data.compute_dtype(train.parse_args(["--device", "cuda"])) == "float32"  # the toy's digits
+    assert train.parse_args(["--device", "cuda"]).dtype == "float32"  # the toy's digits
 
 
 def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys):
@@ -570,44 +570,12 @@ def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys)
     traces.write_text(changed + "\n")
     refused("cannot resume: other traces than before", "--resume")
     traces.write_text(changed)
-    weights_file = next(out.glob("checkpoint-*")) / "model.safetensors"
-    whole = weights_file.read_bytes()
-    for broken in (whole[:-9], b""):
-        weights_file.write_bytes(broken)
-        refused(rf"{weights_file}: missing, corrupt or truncated", "--resume")
-    weights_file.unlink()
-    refused(rf"{weights_file}: missing, corrupt or truncated", "--resume")
-    weights_file.write_bytes(whole)
     train.train(options(toy_model, traces, out, "--resume"))
     before = (out / "model.safetensors").stat().st_mtime_ns
     train.train(options(toy_model, traces, out, "--resume"))
     assert "finished" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     refused("not empty, but no run of train.py", out=traces.parent)
-
-
-def test_objectives_that_lack_their_teacher(toy_model, traces, tmp_path):
-    """Guards a run that finds out late that it cannot know p."""
-    def refused(match, *more, traces=traces):
-        with pytest.raises(BadInput, match=match):
-            train.train(options(toy_model, traces, tmp_path / "run", *more))
-        assert not (tmp_path / "run").exists()
-
-    refused("--objective kl needs the whole distribution of the teacher: give --teacher",
-            "--objective", "kl")
-    refused("--objective discord-gkd needs the whole", "--objective", "discord-gkd")
-    refused("--on-policy: --objective discord learns from the teacher's tokens", "--on-policy", "0.5")
-    refused("sft uses no --teacher", "--objective", "sft", "--teacher", str(toy_model))
-    bare = tmp_path / "bare.jsonl"
-    data.write_jsonl(bare, [train.toy_trace(random.Random(0))])
-    refused(r"bare.jsonl line 1: teacher_logprobs: expected \d+ numbers.*python data.py score",
-            traces=bare)
-    other = tmp_path / "other"
-    shutil.copytree(toy_model, other)
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"a+2": 15', '"a+2": 16').replace(
-        '"a+3": 16', '"a+3": 15'))
-    refused("vocabulary mismatch", "--objective", "kl", "--teacher", str(other))
 
 
 def test_teacher_in_memory_equals_stored_scalars(toy_model, tmp_path):
@@ -688,24 +656,6 @@ def test_on_policy_resumes_bit_for_bit(toy_model, traces, tmp_path, monkeypatch)
     interrupted(monkeypatch, options(toy_model, traces, tmp_path / "cut", *more), 7)
     train.train(options(toy_model, traces, tmp_path / "cut", *more, "--resume"))
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--on-policy", "2"], "--on-policy: 2: must be from 0 to 1"),
-    (["--student", "s"], "give --student, --traces and --out"),
-    (["--student", "s", "--traces", "t"], "give --student, --traces and --out"),
-    (["--epochs", "inf"], "--epochs: inf: must be from 1e-09 to 1e+06"),
-    (["--tau", "0"], "--tau: 0: must be from 1e-09 to inf"),
-    (["--lr", "nan"], "--lr: nan: must be from 1e-12 to 1"),
-    (["--steps", "-1"], "--steps: -1: must be from 1 to inf"),
-    (["--seed", "-1"], "--seed: -1: must be from 0 to inf"),
-    (["--steps", "1.5"], "--steps: invalid number value: '1.5'"),
-    (["--beta", "1.5"], "--beta: 1.5: must be from 0 to 1"),
-    (["--objective", "dpo"], "invalid choice: 'dpo'"), (["--stu", "x"], "unrecognized arguments")])
-def test_command_line_refuses(argv, message, capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(argv)
-    assert message in capsys.readouterr().err
 
 
 def test_the_toy_honors_every_option(tmp_path, monkeypatch):
@@ -810,24 +760,13 @@ def test_traces_beyond_the_context(toy_model, traces, tmp_path):
     assert run["dropped"] == {"longer than 15 tokens": long} and 0 < long < 40
 
 
-def test_errors_of_the_command_line_are_one_line(tmp_path, traces):
-    """Guards tracebacks and multi-line messages of the Hub's client for a mistyped name, and a
-    start that takes two seconds more since it imports the compiler."""
+def test_start_is_fast(tmp_path, traces):
+    """Guards a start that takes two seconds more since it imports the compiler, and a traceback or
+    several lines of the Hub's client for a mistyped name."""
     done = subprocess.run([sys.executable, "-X", "importtime", train.__file__, "--student",
                            "nobody/none", "--traces", str(traces), "--out", str(tmp_path / "run")],
                           capture_output=True, text=True, check=False)
-    assert done.returncode == 1
     assert "torch.nn" in done.stderr and "torch._dynamo" not in done.stderr
-    said = [re.sub("(?m)^import time:.*\n", "", done.stderr)]
-    for main, argv in ((evaluate.main, ["accuracy", "--model", "nobody/none", "--benchmark",
-                                        str(traces), "--out", str(tmp_path / "x")]),
-                       (data.main, ["score", "--traces", str(traces), "--teacher", "nobody/none",
-                                    "--out", str(tmp_path / "x")])):
-        with pytest.raises(SystemExit) as error:
-            data.run_command(lambda main=main, argv=argv: main(argv))
-        said.append(f"{error.value}\n")
-    assert len(said) == 3
-    for text in said:
-        assert text.startswith("error: nobody/none: not a folder, and the Hub says")
-        assert text.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    said = re.sub("(?m)^import time:.*\n", "", done.stderr)
+    assert said.startswith("error: nobody/none: not a folder, and the Hub says")
+    assert done.returncode == 1 and said.count("\n") == 1 and not list(tmp_path.iterdir())
