@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_hf
+from conftest import DATA, FIXTURES, make_hf
 from hub import HUB
 
 import data
@@ -46,11 +46,15 @@ def publish(name, rows):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_benchmarks(shared, name, capsys):
+def test_benchmarks(name, capsys):
     """Guards counts, the order of pages, and gold answers as the files have them (thousands commas,
     floats, zero padding, lists, an empty one), downloaded once."""
     path, count, empty = FILES[name]
-    rows = [record for _, record in data.read_jsonl(shared / "benchmarks" / path)][:count]
+    if DATA == FIXTURES:
+        count = 3
+        if not (DATA / "benchmarks" / path).exists():
+            pytest.skip(f"needs ../shared/data/benchmarks/{path}")
+    rows = [record for _, record in data.read_jsonl(DATA / "benchmarks" / path)][:count]
     assert len(rows) == count
     publish(name, rows)
     problems = evaluate.load_problems(name)

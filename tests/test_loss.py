@@ -79,6 +79,7 @@ def test_dft_in_numbers():
     q = torch.tensor([[1.0, 2.0, 1.0]]).log().requires_grad_()
     got, w = loss.token_losses("dft", q, torch.tensor([0]))
     (w * got).sum().backward()
+    assert not loss.dft_weight(q.log_softmax(-1)[:, 0]).requires_grad
     assert w.tolist() == [0.25] and (w * got).item() == pytest.approx(math.log(4) / 4)
     torch.testing.assert_close(q.grad, torch.tensor([[-0.75, 0.5, 0.25]]) / 4)
 

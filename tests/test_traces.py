@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers
-from conftest import make_hf, sampled_fields
+from conftest import make_hf, sampled_fields, save_byte_tokenizer
 
 import data
 import evaluate
@@ -21,21 +21,7 @@ TEXT = "It is 5 caf\u00e9s, \U0001f642 so. Then\n\\boxed{5}!"
 
 
 def save_tokenizer(folder, words, template=TEMPLATE):
-    """A byte-level tokenizer like Qwen's: a token for each byte, and one for each of `words`."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab, merges = {token: i for i, token in enumerate(alphabet)}, []
-    for word in words:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in vocab:
-                vocab[word[:end]] = len(vocab)
-                merges.append((word[:end - 1], word[end - 1]))
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-    backend.add_tokens(["<think>"])
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder, words)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"eos_token": "<|endoftext|>", "chat_template": template}))
     return data.Tokenizer(folder)
