@@ -17,7 +17,6 @@ import random
 import shutil
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -26,7 +25,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
-import evaluate
 import train
 from model import Transformer
 
@@ -124,16 +122,6 @@ def options(student, traces, out, *more):
         "--student", str(student), "--traces", str(traces), "--out", str(out), "--steps", "12",
         "--batch-size", "4", "--grad-accum", "2", "--lr", "1e-2", "--max-length", "64",
         "--log-every", "3", "--save-every", "5", "--device", "cpu", *more])
-
-
-def sampled_fields(ids, logp, tokenizer, *more_eos) -> dict:
-    """What `evaluate.py accuracy` writes about sampled ids, without the verdict."""
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10 ** 9),
-                            eos_token_ids=[tokenizer.eot_id, *more_eos])
-    record = evaluate.grade_answer(model, tokenizer, {"id": 1, "prompt": "?", "answer": "5"}, [],
-                                   list(ids), logp)
-    kept = "response", "finished", "teacher_logprobs", "vocab", "tokens"
-    return {key: record[key] for key in kept if key in record}
 
 
 def weights(folder):

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_hf
+from conftest import SHARED, make_hf, options
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -217,27 +217,6 @@ def toy_examples(tokenizer, count, skip=0.5):
     return [data.encode_trace(record, tokenizer, "line 1") for record in records]
 
 
-def test_batch_supervises_the_response_and_nothing_else(toy_model):
-    """Guards a shift by one, a lost first token, an unsupervised EOS, and padding that is
-    supervised: a network that says "the next token" must be right at every row."""
-    tokenizer = data.Tokenizer(toy_model)
-    examples = toy_examples(tokenizer, 50)
-    batch = data.collate(examples)
-    assert len({len(example.tokens) for example in examples}) > 2
-    following = torch.zeros_like(batch.tokens)
-    for b, example in enumerate(examples):
-        n = len(example.tokens)
-        assert batch.tokens[b].tolist() == example.tokens[:-1].tolist() + [0] * (
-            batch.tokens.shape[1] - n + 1)
-        following[b, :n - 1] = torch.from_numpy(example.tokens[1:])
-    assert torch.equal(following.flatten()[batch.positions], batch.labels)
-    assert batch.labels.tolist() == [
-        token for e in examples for token in e.tokens[e.prompt_length:].tolist()]
-    assert (batch.labels == tokenizer.eot_id).sum() == 50
-    assert len(batch.positions.unique()) == len(batch.positions)
-    assert batch.teacher_logp is None
-
-
 def test_batch_carries_the_teacher(toy_model, traces):
     """Guards log p of another token, and of the padding: one number for each label, in order."""
     examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), need_logprobs=True)
@@ -245,6 +224,7 @@ def test_batch_carries_the_teacher(toy_model, traces):
     numbers = [x for _, record in data.read_jsonl(traces) for x in record["teacher_logprobs"]]
     assert batch.teacher_logp.tolist() == np.array(numbers, dtype=np.float32).tolist()
     assert len(batch.teacher_logp) == len(batch.labels) == len(batch.positions)
+    assert data.collate([example._replace(teacher_logp=None) for example in examples])[3] is None
 
 
 def test_the_sample_that_is_shown(toy_model):
@@ -340,8 +320,8 @@ def test_what_is_not_read_is_said(toy_model, tmp_path, capsys):
 
 
 def test_traces_beyond_the_context(toy_model, traces, tmp_path, monkeypatch, capsys):
-    """Guards scores and weights at positions that the model has never seen: such traces are
-    dropped and counted by score, select and weights."""
+    """Guards training, scores and weights at positions that the model has never seen: such traces
+    are dropped and counted by train.py, score, select and weights."""
     shutil.copytree(toy_model, tmp_path / "m")
     raw = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 15}))
@@ -358,6 +338,8 @@ def test_traces_beyond_the_context(toy_model, traces, tmp_path, monkeypatch, cap
         assert said in capsys.readouterr().out
         assert (tmp_path / "s").read_text().count("\n") == kept
     assert (tmp_path / "w").read_text().count("mean weight") == 10
+    run = train.train(options("m", traces, "run", "--steps", "1"))
+    assert run["dropped"] == {"longer than 15 tokens": long} and run["traces"] == kept
 
 
 @pytest.mark.parametrize("missing", [None, -9999, -9999.0])

@@ -212,6 +212,9 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     *[("train", index(content), "", "m/model.safetensors.index.json: n")
       for content in ({"weight_map": [1, 2]}, {}, [], None)],
     ("train", index({"weight_map": {}}), "", "m: the weights are not .*Missing key"),
+    ("train", {"m/config.json": None, "m/model.q4.gguf": b""}, "", "m: GGUF is llama.cpp's format"),
+    *[("train", {}, f"--student {name}", f"{name}: GGUF is llama.cpp's format; give the folder")
+      for name in ("m/x.gguf", "Qwen/Qwen2.5-0.5B-Instruct-GGUF")],
     ("train", {"m/adapter_config.json": b"{}"}, "", "m: has an adapter .*merge it"),
     ("accuracy", {}, "--model t.jsonl", "t.jsonl: not a folder, and the Hub says"),
     *[(command, {}, f"--{which} nobody/none", "nobody/none: not a folder, and the Hub says")

@@ -4,11 +4,12 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
-from conftest import make_hf, sampled_fields, save_byte_tokenizer
+from conftest import make_hf, save_byte_tokenizer
 
 import data
 import evaluate
@@ -33,6 +34,16 @@ def tokenizer(tmp_path):
 
 
 # ----------------------------------------------------------------------------- sampled ids and back
+
+
+def sampled_fields(ids, logp, tokenizer, *more_eos) -> dict:
+    """What `evaluate.py accuracy` writes about sampled ids, without the verdict."""
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10 ** 9),
+                            eos_token_ids=[tokenizer.eot_id, *more_eos])
+    record = evaluate.grade_answer(model, tokenizer, {"id": 1, "prompt": "?", "answer": "5"}, [],
+                                   list(ids), logp)
+    kept = "response", "finished", "teacher_logprobs", "vocab", "tokens"
+    return {key: record[key] for key in kept if key in record}
 
 
 def sampled(tokenizer, name):
