@@ -90,31 +90,17 @@ def test_sampled_ids_come_back(tokenizer, tmp_path, name):
 
 
 def test_other_tokens_are_refused(tokenizer, tmp_path):
-    """Guards ratios of probabilities of different tokens: the ids must be this tokenizer's and
-    spell the response, also where nobody reads the log-probabilities. Without both, SFT works."""
+    """Guards ratios of probabilities of different tokens: the ids must be this tokenizer's, also
+    where nobody reads the log-probabilities. Without both, SFT works."""
     other = save_tokenizer(tmp_path / "teacher", ["caf", "\u0120It", "5"])
     ids = [*other.encode("ca"), *other.encode("f\u00e9"), other.eot_id]
-    fields = sampled_fields(ids, [-1.0] * len(ids), other)
-    assert fields["response"] == "caf\u00e9" and fields["tokens"] == ids
-    good = {"prompt": "What?", "response": TEXT}
-    good["tokens"] = [*tokenizer.encode(TEXT), tokenizer.eot_id]
-    bad = [{**good, **fields}, {**good, "tokens": good["tokens"][1:]},
-           {**good, "tokens": [*good["tokens"][:-1], tokenizer.vocab_size]},
-           {**good, "tokens": [-1, *good["tokens"]]}, {**good, "response": "It is 6."},
-           {**good, "tokens": good["tokens"][:-1]}]  # stopped by a string in llama.cpp's server
-    file = tmp_path / "t.jsonl"
-    for record in bad:
-        data.write_jsonl(file, [good, record])
-        for teacher in (False, True):
-            record.setdefault("teacher_logprobs", [-1.0] * len(record["tokens"]))
-            good["teacher_logprobs"] = [-1.0] * len(good["tokens"])
-            data.write_jsonl(file, [good, record])
-            with pytest.raises(BadInput, match=rf"^{file} line 2: tokens do not spell the response "
-                               r"and its end of turn.*; use --objective sft$"):
-                data.load_traces(file, tokenizer, need_logprobs=teacher)
-    del bad[0]["tokens"], bad[0]["teacher_logprobs"]
-    data.write_jsonl(file, [bad[0]])
-    (example,), _ = data.load_traces(file, tokenizer)
+    record = {"prompt": "What?", **sampled_fields(ids, [-1.0] * len(ids), other)}
+    assert record["response"] == "caf\u00e9" and record["tokens"] == ids
+    for need_logprobs in (False, True):
+        with pytest.raises(BadInput, match="t line 2: tokens do not spell the response"):
+            data.encode_trace(record, tokenizer, "t line 2", need_logprobs)
+    del record["tokens"], record["teacher_logprobs"]
+    example = data.encode_trace(record, tokenizer, "t line 2")
     ids = example.tokens[example.prompt_length:].tolist()
     assert ids == [*tokenizer.encode("caf\u00e9"), tokenizer.eot_id]
 
@@ -164,10 +150,6 @@ def test_thinking_in_a_field_of_its_own(tokenizer, name):
         record = {"messages": [CHAT[0], {**CHAT[1], name: empty}], name: empty}
         assert data.response_ids(record, tokenizer, "t line 1") == [
             *tokenizer.encode("4"), tokenizer.eot_id]
-    parts = [{"type": "thinking", "thinking": THINKING}, {"type": "text", "text": "4"}]
-    with pytest.raises(BadInput, match=r"t line 1: messages: expected turns .* both text"):
-        data.encode_trace({"messages": [CHAT[0], {**CHAT[1], "content": parts}]}, tokenizer,
-                          "t line 1")
 
 
 def test_an_answer_is_not_in_its_prompt(tokenizer):
@@ -276,18 +258,13 @@ def test_prompts_are_compared(tokenizer):
 def test_records_name_their_tokenizer(tokenizer, tmp_path):
     """Guards another tokenizer's log-probabilities where their number is the same by chance."""
     other = save_tokenizer(tmp_path / "other", ["It"])
-    text = "so 4"
-    assert len(other.encode(text)) == len(tokenizer.encode(text))
-    ids = [*other.encode(text), other.eot_id]
+    ids = [*other.encode("so 4"), other.eot_id]
     record = {"prompt": "?", **sampled_fields(ids, [-1.0] * len(ids), other)}
-    assert len(record["vocab"]) == 8 and "tokens" not in record
-    again = data.Tokenizer(tmp_path / "other")
-    data.encode_trace(record, again, "t line 1", need_logprobs=True)
+    assert len(ids) == len(tokenizer.encode("so 4")) + 1 and "tokens" not in record
+    data.encode_trace(record, data.Tokenizer(tmp_path / "other"), "t line 1", need_logprobs=True)
     with pytest.raises(BadInput, match="t line 1: the teacher_logprobs are of another"):
         data.encode_trace(record, tokenizer, "t line 1", need_logprobs=True)
     data.encode_trace(record, tokenizer, "t line 1")  # SFT needs only the text
-    del record["vocab"]
-    data.encode_trace(record, tokenizer, "t line 1", need_logprobs=True)
 
 
 def test_log_probabilities_that_are_all_zero(tokenizer, tmp_path):
@@ -352,29 +329,18 @@ def test_no_word_mark_behind_a_prompt(tmp_path, legacy):
 # ----------------------------------------------------------------------------------- score and DASD
 
 
-def test_score_drops_what_nobody_trains_on(tokenizer, tmp_path, capsys):
-    """Guards teacher's time spent on wrong and unfinished traces, and dropping them in silence. The
-    sampled ids are scored, not those of the text; numbers that are there are replaced."""
+def test_score_takes_the_sampled_ids(tokenizer, tmp_path):
+    """Guards scores of the text's tokens where others were sampled. Old numbers are replaced."""
     make_hf(tmp_path / "student", "qwen2", vocab_size=tokenizer.vocab_size)
-    teacher, _ = data.load(tmp_path / "student")
     ids = sampled(tokenizer, "other tokens for the text")
     fields = sampled_fields(ids, [-9999.0] * len(ids), tokenizer)
-    good = {"id": 0, "prompt": "?", **fields}
-    data.write_jsonl(tmp_path / "in.jsonl", [
-        {"id": 1, "prompt": "?", "response": TEXT, "correct": False}, good,
-        {"id": 2, "prompt": "?", "response": TEXT, "finished": False, "correct": False},
-        {"id": 3, "prompt": "?", "response": TEXT, "correct": True}])
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": "?", **fields}])
     data.main(["score", "--traces", str(tmp_path / "in.jsonl"), "--teacher",
                str(tmp_path / "student"), "--out", str(tmp_path / "out.jsonl")])
-    printed = capsys.readouterr().out
-    assert "2 traces; dropped: {'wrong': 1, 'unfinished': 1}\n" in printed
-    records = [record for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
-    assert [record["id"] for record in records] == [0, 3] and records[0]["tokens"] == ids
-    examples, _ = data.load_traces(tmp_path / "out.jsonl", tokenizer, need_logprobs=True)
-    assert examples[0].tokens[examples[0].prompt_length:].tolist() == ids
-    for example in examples:
-        logp, = data.response_logp(teacher, [example])
-        assert np.abs(example.teacher_logp - logp).max() < 2e-4
+    (example,), _ = data.load_traces(tmp_path / "out.jsonl", tokenizer, need_logprobs=True)
+    assert example.tokens[example.prompt_length:].tolist() == ids
+    logp, = data.response_logp(data.load(tmp_path / "student")[0], [example])
+    assert np.abs(example.teacher_logp - logp).max() < 2e-4
 
 
 def test_sentences(tokenizer):

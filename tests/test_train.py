@@ -528,25 +528,25 @@ def test_dtype_by_device():
 
 
 def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys):
-    """Guards two runs in one folder, resuming with other options or other traces, and broken files
-    of a checkpoint. Each message names the folder or file and the cause."""
-    out = tmp_path / "run"
+    """Guards two runs in one folder, and resuming with other options or other traces. Each message
+    names the folder or file and the cause. A finished run stays as it is."""
+    out, given = tmp_path / "run", traces.read_text()
+    traces, other = tmp_path / "traces.jsonl", tmp_path / "other.jsonl"
+    traces.write_text(given)
+    other.write_text(given.replace("t1", "t2"))
     interrupted(monkeypatch, options(toy_model, traces, out), 7)
 
-    def refused(match, *more, traces=traces, student=toy_model, out=out):
+    def refused(match, *more, traces=traces, out=out):
         with pytest.raises(BadInput, match=match):
-            train.train(options(student, traces, out, *more))
+            train.train(options(toy_model, traces, out, *more))
 
     refused(r"run: holds a run already; add --resume")
     refused("cannot resume: tau was 0.7, is now 0.5", "--resume", "--tau", "0.5")
     refused("cannot resume: objective was discord, is now sft", "--resume", "--objective", "sft")
-    other = tmp_path / "other.jsonl"
-    other.write_text(traces.read_text().replace("t1", "t2"))
     refused("cannot resume: traces was", "--resume", traces=other)
-    changed = traces.read_text()
-    traces.write_text(changed + "\n")
+    traces.write_text(given + "\n")
     refused("cannot resume: other traces than before", "--resume")
-    traces.write_text(changed)
+    traces.write_text(given)
     train.train(options(toy_model, traces, out, "--resume"))
     before = (out / "model.safetensors").stat().st_mtime_ns
     train.train(options(toy_model, traces, out, "--resume"))
