@@ -19,6 +19,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,6 +30,8 @@ from model import Transformer
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+FIXTURES = Path(__file__).parent / "fixtures"
+DATA = SHARED if SHARED.exists() else FIXTURES  # the same paths, but only a few rows
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -79,7 +82,7 @@ def make_hf(folder: Path, kind: str = "qwen2", seed: int = 0, scale: float = 0.2
 def toy_model(tmp_path_factory) -> Path:
     """A random Qwen2 with the toy world's tokenizer."""
     folder = tmp_path_factory.mktemp("toy") / "model"
-    make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder), num_hidden_layers=1)
+    make_hf(folder, "qwen2", vocab_size=train.save_toy_tokenizer(folder), num_hidden_layers=1)
     return folder
 
 
@@ -87,12 +90,31 @@ def toy_model(tmp_path_factory) -> Path:
 def traces(toy_model, tmp_path_factory):
     """40 ragged toy traces with random teacher log-probabilities."""
     rng, file = random.Random(0), tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    records = [{**data.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
+    records = [{**train.toy_trace(rng, skip=0.5), "id": f"t{i}"} for i in range(40)]
     for record in records:
         record["teacher_logprobs"] = [-rng.random() * 8 for _ in range(len(
             record["response"].split()) + 1)]
     data.write_jsonl(file, records)
     return file
+
+
+def save_byte_tokenizer(folder: Path, words=(), special=("<|im_end|>", "<|im_start|>",
+                                                         "<|endoftext|>"), plain=("<think>",)):
+    """A byte-level tokenizer like Qwen's: a token for each byte, and one for each of `words`."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab, merges = {token: i for i, token in enumerate(alphabet)}, []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = len(vocab)
+                merges.append((word[:end - 1], word[end - 1]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([*special])
+    backend.add_tokens([*plain])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def options(student, traces, out, *more):
@@ -130,7 +152,7 @@ def no_network():
 @pytest.fixture
 def shared() -> Path:
     if not SHARED.exists():
-        pytest.skip("needs ../shared/data, which is not here")
+        pytest.skip("needs whole tokenizers, benchmarks or configs in ../shared/data")
     return SHARED
 
 

@@ -61,7 +61,7 @@ def trainer(folder: Path, examples: list[data.Example], size: int, accum: int, s
 def world(traces, tmp_path_factory) -> tuple[Path, list[data.Example]]:
     """A model whose head is wider than its tokenizer; traces with prompts of many lengths."""
     folder = tmp_path_factory.mktemp("bridge")
-    make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder) + 8)
+    make_hf(folder, "qwen2", vocab_size=train.save_toy_tokenizer(folder) + 8)
     data.write_jsonl(folder / "traces.jsonl", [
         {**record, "prompt": " ".join(record["prompt"].split()[:1 + 3 * i % 7])}
         for i, (_, record) in enumerate(data.read_jsonl(traces))])

@@ -2,7 +2,6 @@
 
 import doctest
 import json
-import math
 import random
 import shutil
 from functools import cache
@@ -10,11 +9,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_hf
+from conftest import SHARED, make_hf, options
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import evaluate
+import train
 from model import BadInput
 
 # name -> (folder of tokenizer.json, folder of the rest, its tokenizer_config, end of turn)
@@ -67,7 +67,8 @@ def test_prompts_and_end_of_turn_of_real_tokenizers(shared, real_tokenizer, name
     for case in cases:
         if "continue_final_message" not in case["kwargs"]:
             text = tokenizer.apply_chat_template(
-                case["messages"], case["add_generation_prompt"], **case["kwargs"])
+                case["messages"], add_generation_prompt=case["add_generation_prompt"],
+                **case["kwargs"])
             assert text == case["rendered"], case["case"]
     theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
     turns = [{"role": "user", "content": "What is 12 + 34? \\boxed{} it."}]
@@ -122,33 +123,21 @@ def test_real_templates_drop_no_turn(shared, real_tokenizer, name):
             data.encode_trace(record, tokenizer, "t line 1")
 
 
-def test_a_prompt_is_the_same_tomorrow(shared, real_tokenizer, monkeypatch):
+@pytest.mark.parametrize("form, date", [
+    ("%Y-%m-%d", "2024-07-26"), ("%d %B %Y", "26 July 2024"), ("%d %b %Y", "26 Jul 2024")])
+def test_templates_have_one_date(toy_model, tmp_path, monkeypatch, form, date):
     """Guards Llama 3's template, which prints today's date: a resumed run must see the prompts of
     the first one. The date is the template's own default."""
-    tokenizer = real_tokenizer("Llama-3.2-Instruct")
-    turns = [{"role": "user", "content": "2+2?"}]
-    today = tokenizer.encode_prompt(turns)
-    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(today)
-    check_the_date(tokenizer, monkeypatch, "%d %b %Y", "26 Jul 2024")
-
-
-@pytest.mark.parametrize("form, date", [("%Y-%m-%d", "2024-07-26"), ("%d %B %Y", "26 July 2024")])
-def test_templates_have_one_date(toy_model, tmp_path, monkeypatch, form, date):
-    """Guards today's date in any template, asked for as it likes."""
     shutil.copytree(toy_model, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }} <end>{% endfor %}"
         f"{{{{ strftime_now('{form}') }}}}")
-    check_the_date(data.Tokenizer(tmp_path / "m"), monkeypatch, form, date)
-
-
-def check_the_date(tokenizer, monkeypatch, form, date):
+    tokenizer = data.Tokenizer(tmp_path / "m")
     before = tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-    assert date in before
+    assert before.endswith(f" <end>{date}")
     monkeypatch.setattr("time.time", lambda: 2e9)
     monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "?"}]) == before
-    assert data.TEMPLATES.globals["strftime_now"](form) == date
 
 
 def test_ids_of_real_tokenizers(shared):
@@ -207,62 +196,30 @@ def test_padding_baked_into_a_tokenizer_is_ignored(toy_model, tmp_path):
     assert len(data.Tokenizer(tmp_path).encode("1 a+2 b*3")) == 3
 
 
-@pytest.mark.parametrize("template", [
-    "{{ messages.__class__.__mro__ }}", "{{ raise_exception('no system role') }}", "{% for %}",
-    "{{ messages[0].content + 1 }}", "{% set _ = messages.append(1) %}"])
-def test_bad_chat_templates(toy_model, tmp_path, template):
-    """Guards templates that reach into Python: they run in jinja2's immutable sandbox. A template
-    that fails is named."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").write_text(template)
-    with pytest.raises(BadInput, match="chat template"):
-        data.Tokenizer(tmp_path / "m").encode_prompt([{"role": "user", "content": "hi"}])
-
-
 # ------------------------------------------------------------------------------- examples, batches
 
 
 def toy_examples(tokenizer, count, skip=0.5):
     rng = random.Random(0)
-    records = [{**data.toy_trace(rng, skip=skip), "id": i} for i in range(count)]
+    records = [{**train.toy_trace(rng, skip=skip), "id": i} for i in range(count)]
     return [data.encode_trace(record, tokenizer, "line 1") for record in records]
-
-
-def test_batch_supervises_the_response_and_nothing_else(toy_model):
-    """Guards a shift by one, a lost first token, an unsupervised EOS, and padding that is
-    supervised: a network that says "the next token" must be right at every row."""
-    tokenizer = data.Tokenizer(toy_model)
-    examples = toy_examples(tokenizer, 50)
-    batch = data.collate(examples)
-    assert len({len(example.tokens) for example in examples}) > 2
-    following = torch.zeros_like(batch.tokens)
-    for b, example in enumerate(examples):
-        n = len(example.tokens)
-        assert batch.tokens[b].tolist() == example.tokens[:-1].tolist() + [0] * (
-            batch.tokens.shape[1] - n + 1)
-        following[b, :n - 1] = torch.from_numpy(example.tokens[1:])
-    assert torch.equal(following.flatten()[batch.positions], batch.labels)
-    assert batch.labels.tolist() == [
-        token for e in examples for token in e.tokens[e.prompt_length:].tolist()]
-    assert (batch.labels == tokenizer.eot_id).sum() == 50
-    assert len(batch.positions.unique()) == len(batch.positions)
-    assert batch.teacher_logp is None
 
 
 def test_batch_carries_the_teacher(toy_model, traces):
     """Guards log p of another token, and of the padding: one number for each label, in order."""
-    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), teacher=True)
+    examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), need_logprobs=True)
     batch = data.collate(examples)
     numbers = [x for _, record in data.read_jsonl(traces) for x in record["teacher_logprobs"]]
     assert batch.teacher_logp.tolist() == np.array(numbers, dtype=np.float32).tolist()
     assert len(batch.teacher_logp) == len(batch.labels) == len(batch.positions)
+    assert data.collate([example._replace(teacher_logp=None) for example in examples])[3] is None
 
 
 def test_the_sample_that_is_shown(toy_model):
     """Guards a picture of the mask that is not the mask."""
     tokenizer = data.Tokenizer(toy_model)
     example = data.encode_trace(GOOD, tokenizer, "line 1")
-    shown = data.show_example(example, tokenizer)
+    shown = train.show_example(example, tokenizer)
     assert shown == "<user> 7 a+3 b*4 <assistant>[a=0 b=0 #### 0 <end>]"
 
 
@@ -329,6 +286,50 @@ def test_dropped_traces_are_counted(toy_model, tmp_path):
         assert len(data.load_traces(file, data.Tokenizer(toy_model), limit)[0]) == kept
 
 
+def test_what_is_not_read_is_said(toy_model, tmp_path, capsys):
+    """Guards "corect": false, which trains on wrong traces, words that become <unk>, and a field of
+    a benchmark with another name: each is named once, with its count."""
+    file, tokenizer = tmp_path / "t.jsonl", data.Tokenizer(toy_model)
+    write(file, {**GOOD, "corect": False}, {**GOOD, "corect": False, "Answer": "0"},
+          {**GOOD, "response": "a=0 what? #### 0 what?"}, {**GOOD, "correct": True, "id": 1})
+    examples, _ = data.load_traces(file, tokenizer)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: not read: corect (2), Answer (1)",
+        f"{file}: 2 tokens are words that the tokenizer does not know"]
+    assert len(examples) == 4
+    write(file, {"question": "q", "answer": "3", "level": 5}, {"question": "q", "answer": "3",
+                                                              "level": 5, "prefx": [1]})
+    evaluate.load_problems(file)
+    assert capsys.readouterr().out == f"{file}: not read: level (2), prefx (1)\n"
+    with pytest.raises(BadInput) as error:
+        evaluate.load_problems("gsm8kk")
+    assert str(error.value) == ("--benchmark gsm8kk: no such file; the benchmarks with a name are "
+                                "gsm8k, math, math500, amc23, aime24, aime25, olympiadbench")
+
+
+def test_traces_beyond_the_context(toy_model, traces, tmp_path, monkeypatch, capsys):
+    """Guards training, scores and weights at positions that the model has never seen: such traces
+    are dropped and counted by train.py, score, select and weights."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 15}))
+    lengths = [len(record["prompt"].split()) + len(record["response"].split()) + 3
+               for _, record in data.read_jsonl(traces)]  # <user>, <assistant>, <end>
+    kept, long = sum(n <= 15 for n in lengths), sum(n > 15 for n in lengths)
+    assert kept >= 10 and long > 10
+    said = f"{traces}: {kept} traces; dropped: {{'longer than 15 tokens': {long}}}\n"
+    monkeypatch.chdir(tmp_path)
+    for main, command in ((data.main, "score --teacher m --out s"),
+                          (data.main, "select --student m --keep 1 --out s"),
+                          (evaluate.main, "weights --student m --out w")):
+        main([*command.split(), "--traces", str(traces), "--device", "cpu"])
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "s").read_text().count("\n") == kept
+    assert (tmp_path / "w").read_text().count("mean weight") == 10
+    run = train.train(options("m", traces, "run", "--steps", "1"))
+    assert run["dropped"] == {"longer than 15 tokens": long} and run["traces"] == kept
+
+
 @pytest.mark.parametrize("missing", [None, -9999, -9999.0])
 def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missing):
     """Guards a training weight from no number: null, or the -9999 that vLLM writes for -inf. Who
@@ -338,91 +339,14 @@ def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missi
                  {**GOOD, "teacher_logprobs": [-1.0, -1.0, -1.0, -1.0, 0.0]},
                  {**GOOD, "teacher_logprobs": values, "correct": False})
     tokenizer = data.Tokenizer(toy_model)
-    examples, dropped = data.load_traces(file, tokenizer, 64, teacher=True)
+    examples, dropped = data.load_traces(file, tokenizer, 64, need_logprobs=True)
     assert dropped == {"with a log-probability of null or -9999": 1, "wrong": 1}
     assert [example.teacher_logp.tolist() for example in examples] == [[-1, -1, -1, -1, 0]]
     examples, dropped = data.load_traces(file, tokenizer, 64)
     assert len(examples) == 2 and dropped == {"wrong": 1} and examples[0].teacher_logp is None
     with pytest.raises(BadInput, match=r"no usable trace; dropped: .*null or -9999': 1"):
         file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": values})
-        data.load_traces(file, tokenizer, 64, teacher=True)
-
-
-NO_SPELLING = r"line 2: tokens do not spell the response and its end .*--objective sft"
-
-
-@pytest.mark.parametrize("line, named", [
-    ('{"prompt": "x"', "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object"),
-    (b'{"prompt": "\xff"}', "line 2: not valid JSON"),
-    ({"response": "a=0"}, "line 2: prompt = .None.: expected text"),
-    ({"prompt": "x"}, "line 2: response = .None.: expected text"),
-    ({**GOOD, "response": ""}, "line 2: response = ''"),
-    ({**GOOD, "response": 5}, "line 2: response = '5'"),
-    ({**GOOD, "prompt": " "}, "line 2: prompt = ' '"),
-    ({**GOOD, "messages": "hi"}, "line 2: messages"),
-    ({**GOOD, "messages": [{}]}, "line 2: messages"),
-    ({**GOOD, "tokens": [1, 9999]}, NO_SPELLING),  # out of range
-    ({**GOOD, "tokens": [-1, 3]}, NO_SPELLING),
-    ({**GOOD, "tokens": [1, 2, 3]}, NO_SPELLING),  # another text
-    ({**GOOD, "tokens": [4, 5, 3]}, NO_SPELLING),  # a part of the text
-    ({**GOOD, "tokens": []}, NO_SPELLING),
-    ({**GOOD, "tokens": [69, 79, 4, 5.0, 3]}, NO_SPELLING),
-    ({**GOOD, "tokens": [69, 79, 4, 5]}, NO_SPELLING),  # no end of turn: nobody learns to stop
-    ({**GOOD, "tokens": ["a"]}, NO_SPELLING),
-    ({**GOOD, "teacher_logprobs": None},
-     "line 2: teacher_logprobs: expected 5 numbers.*data.py score"),
-    ({**GOOD, "teacher_logprobs": [-1.0] * 4},
-     "line 2: teacher_logprobs: expected 5 numbers.*share a tokenizer"),
-    ({**GOOD, "teacher_logprobs": 3}, "line 2: teacher_logprobs: expected 5 numbers.* not 3"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, math.nan, -1, -1]},
-     "line 2: teacher_logprobs: nan is not a log-prob"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, 0.5, -1, -1]},
-     "line 2: teacher_logprobs: 0.5 is not"),
-    ({**GOOD, "teacher_logprobs": [-1, -1, "x", -1, -1]},
-     "line 2: teacher_logprobs: 'x' is not")])
-def test_broken_traces_are_named(toy_model, tmp_path, line, named):
-    """Guards every refusal: file, line, field, and what to do."""
-    file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": [-1.0] * 5})
-    line = json.dumps(line) if isinstance(line, dict) else line
-    line = line if isinstance(line, bytes) else line.encode()
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    with pytest.raises(BadInput, match=rf"{file} {named}"):
-        data.load_traces(file, data.Tokenizer(toy_model), 64, teacher=True)
-
-
-def test_a_prompt_without_tokens_is_named(toy_model, tmp_path):
-    """Guards a response whose first token would be predicted from position -1, the end."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    raw = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    del raw["chat_template"]
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(raw))
-    trace = {"messages": [{"role": "user", "content": ""}], "response": "a=0"}
-    with pytest.raises(BadInput, match="line 1: the prompt has no token"):
-        data.encode_trace(trace, data.Tokenizer(tmp_path / "m"), "t.jsonl line 1")
-
-
-def test_missing_and_empty_files_are_named(toy_model, tmp_path):
-    tokenizer = data.Tokenizer(toy_model)
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):  # run_command prints it
-        data.load_traces(tmp_path / "absent.jsonl", tokenizer, 64)
-    with pytest.raises(BadInput, match=r"t\.jsonl: no usable trace; dropped: none"):
-        data.load_traces(write(tmp_path / "t.jsonl"), tokenizer, 64)
-    with pytest.raises(BadInput, match=r"no usable trace; dropped: \{'wrong': 2\}"):
-        file = write(tmp_path / "t.jsonl", *[{**GOOD, "correct": False}] * 2)
-        data.load_traces(file, tokenizer, 64)
-    with pytest.raises(BadInput, match=r"tokenizer\.json: missing, or not a tokenizer"):
-        data.Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"tokenizer\.json: missing, or not a tokenizer"):
-        data.Tokenizer(tmp_path)
-
-
-def test_vocabulary_mismatch_is_refused(toy_model, tmp_path):
-    """Guards a tokenizer whose ids the model has no rows for: an index error deep in a run."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    make_hf(tmp_path / "m", "qwen2", vocab_size=50)
-    with pytest.raises(BadInput, match="mismatch: the tokenizer has 129 ids, the model 50"):
-        data.load(tmp_path / "m")
+        data.load_traces(file, tokenizer, 64, need_logprobs=True)
 
 
 def test_end_of_turn_stops_a_base_model(toy_model, tmp_path):
@@ -438,21 +362,24 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     """Guards scoring at the wrong position, in another order, with padding mixed in, or of traces
     that nobody trains on; and what is written must load. Fields that nobody knows are kept."""
     rng = random.Random(1)
-    records = [{**data.toy_trace(rng, skip=0.5), "id": i, "level": [i]} for i in range(20)]
+    records = [{**train.toy_trace(rng, skip=0.5), "id": i, "level": [i]} for i in range(20)]
     records[7]["response"] = " ".join(["a=0"] * 99)
     records[8]["teacher_logprobs"] = [None]  # to be scored anew
     traces = write(tmp_path / "in.jsonl", *records[:5], {**GOOD, "correct": False}, *records[5:],
                    {**GOOD, "finished": False}, {**GOOD, "correct": False})
     out = tmp_path / "deep" / "out.jsonl"
     data.main(["score", "--traces", str(traces), "--teacher", str(toy_model), "--out", str(out)])
-    assert "20 traces scored; dropped: {'wrong': 2, 'unfinished': 1}" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{traces}: not read: level (20)",
+                    f"{traces}: 20 traces; dropped: {{'wrong': 2, 'unfinished': 1}}",
+                    f"{out}: 20 traces scored"]
     written = [record for _, record in data.read_jsonl(out)]
     for record, given in zip(written, records, strict=True):
         assert record.pop("teacher") == str(toy_model)
         assert record.pop("vocab") == data.Tokenizer(toy_model).vocab_hash
         assert given | {"teacher_logprobs": record["teacher_logprobs"]} == record
     tokenizer = data.Tokenizer(toy_model)
-    examples, dropped = data.load_traces(out, tokenizer, teacher=True)
+    examples, dropped = data.load_traces(out, tokenizer, need_logprobs=True)
     assert len(examples) == 20 and not dropped
     theirs = AutoModelForCausalLM.from_pretrained(toy_model)
     for record, example in zip(records, examples, strict=True):
@@ -486,7 +413,7 @@ def test_toy_traces(toy_model):
     """Guards the rule, the share of multiplications and of skipped values, and that text and tokens
     stand for each other."""
     tokenizer, rng = data.Tokenizer(toy_model), random.Random(0)
-    traces = [data.toy_trace(rng, times=0.1, skip=0.6) for _ in range(2000)]
+    traces = [train.toy_trace(rng, times=0.1, skip=0.6) for _ in range(2000)]
     for trace in traces:
         start, *operations = trace["prompt"].split()
         value, values = int(start), {}
@@ -507,7 +434,7 @@ def test_toy_traces(toy_model):
 def test_toy_world_opens_in_transformers(tmp_path):
     """Guards a toy world that only this project can read. (Its models are Llamas: for the others,
     transformers takes the family's way of splitting words, whatever tokenizer.json says.)"""
-    data.build_toy(tmp_path, seed=0)
+    train.build_toy(tmp_path, seed=0)
     folder = tmp_path / "seed0" / "blank-student"
     theirs, ours = AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == ours.vocab_size
@@ -524,7 +451,7 @@ def test_problem_fields(tmp_path, capsys):
     rows = [{"question": "q", "answer": "x #### 3"},
             {"problem": "p", "expected_answer": 7.0, "id": "a"},
             {"prompt": "r", "answer": None, "solution": "s"},
-            {"question": "u", "final_answer": ["$1$", "$2$"], "context": None}]
+            {"question": "u", "final_answer": ["$1$", "$2$"]}]
     expected = [
         {"id": "1", "prompt": "q", "answer": "x #### 3"},
         {"id": "a", "prompt": "p", "answer": "7.0"}, {"id": "3", "prompt": "r", "answer": "s"},
@@ -536,21 +463,6 @@ def test_problem_fields(tmp_path, capsys):
     assert evaluate.load_problems(write(file, *rows[:2], *empty)) == expected[:2]
     assert capsys.readouterr().out.splitlines() == [
         f"{file} line {k}: dropped, its answer is empty" for k in (3, 4)]
-    with pytest.raises(BadInput, match=r"p\.jsonl: no problems"):
-        evaluate.load_problems(write(file, *empty))
-    for row, said in (({}, "no answer or final_answer or .*; it has $"),
-                      ({"prompt": "3"}, "no answer or final_answer or .*; it has prompt"),
-                      ({"answer": "3"}, "prompt or question or problem = 'None': expected text"),
-                      ({"prompt": "3", "answer": {"value": 1}}, "the answer is an object"),
-                      ({"question": " ", "answer": "3"}, "prompt or question or problem = ' '")):
-        with pytest.raises(BadInput, match=rf"p\.jsonl line 2: {said}"):
-            evaluate.load_problems(write(file, rows[0], row))
-    for text, said in (('[{"prompt": "x", "answer": "3"}]', "line 1: not a JSON object"),
-                       ("[{", "line 1: not valid JSON"), ("7", "line 1: not a JSON object"),
-                       ("", "no problems")):
-        file.write_text(text)
-        with pytest.raises(BadInput, match=rf"p\.jsonl:? {said}"):
-            evaluate.load_problems(file)
 
 
 def test_one_place_renders_prompts(toy_model, tmp_path):
@@ -567,13 +479,13 @@ def test_one_place_renders_prompts(toy_model, tmp_path):
     assert [record["rendered"] for record in records] == [
         "<user> 1 a+2\n \\boxed{} <assistant>", *(
             f"<system> b*3 <user> {text} <assistant>" for text in ("1 a+2\n \\boxed{}", boxed))]
-    prompts = evaluate.encode_problems(problems, tokenizer)
+    prompts = [evaluate.encode_problem(problem, tokenizer) for problem in problems]
     for record, prompt in zip(records, prompts, strict=True):
         example = data.encode_trace(record, tokenizer, "line 1")
         assert example.tokens[:example.prompt_length].tolist() == prompt
         assert prompt == tokenizer.encode(record["rendered"])
     again = evaluate.load_problems(write(tmp_path / "a.jsonl", *records), "\n \\boxed{}")
-    assert evaluate.encode_problems(again, tokenizer) == prompts
+    assert [evaluate.encode_problem(problem, tokenizer) for problem in again] == prompts
     turns = [system, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
              {"role": "user", "content": "3"}]
     file = write(tmp_path / "b.jsonl", {"messages": turns, "answer": "5"})

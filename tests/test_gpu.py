@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import data
 import evaluate
 import train
-from model import Transformer
+from model import Transformer, decode_with_cuda_graph
 
 
 class Host(TorchFunctionMode):
@@ -130,7 +130,7 @@ def test_cuda_graph(tmp_path, monkeypatch, temperature):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(
         recorded.append(graph)))
     monkeypatch.setattr(Transformer, "forward", record)
-    model.decode = model.decode_with_cuda_graph
+    model.decode = decode_with_cuda_graph
     found = model.sample(prompts, 150, temperature, seed=1)
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     assert len({len(ids) for ids, _ in expected}) > 1 and len(recorded) > 3

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_hf
+from conftest import DATA, FIXTURES
 from hub import HUB
 
 import data
@@ -46,11 +46,15 @@ def publish(name, rows):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_benchmarks(shared, name, capsys):
+def test_benchmarks(name, capsys):
     """Guards counts, the order of pages, and gold answers as the files have them (thousands commas,
     floats, zero padding, lists, an empty one), downloaded once."""
     path, count, empty = FILES[name]
-    rows = [record for _, record in data.read_jsonl(shared / "benchmarks" / path)][:count]
+    if DATA == FIXTURES:
+        count = 3
+        if not (DATA / "benchmarks" / path).exists():
+            pytest.skip(f"needs ../shared/data/benchmarks/{path}")
+    rows = [record for _, record in data.read_jsonl(DATA / "benchmarks" / path)][:count]
     assert len(rows) == count
     publish(name, rows)
     problems = evaluate.load_problems(name)
@@ -139,7 +143,7 @@ def test_short_data_sets_and_unknown_splits(monkeypatch):
     than asked for, and a typing error."""
     publish("gsm8k", ROWS[:1300])
     monkeypatch.setattr(HUB, "total", 1319)
-    with pytest.raises(BadInput, match=r"gsm8k: .*openai/gsm8k .*no rows behind row 1300"):
+    with pytest.raises(BadInput, match=r"gsm8k: .*openai/gsm8k .*no rows after row 1300"):
         evaluate.load_problems("gsm8k")
     publish("gsm8k", ROWS)
     monkeypatch.setattr(HUB, "truncated", ["question"])
@@ -151,7 +155,7 @@ def test_short_data_sets_and_unknown_splits(monkeypatch):
         row["question"] for row in ROWS]
     with pytest.raises(BadInput, match=r"gsm8k:dev: cannot get openai/gsm8k .*404"):
         evaluate.load_problems("gsm8k:dev")
-    with pytest.raises(FileNotFoundError, match="gsm9k"):
+    with pytest.raises(BadInput, match=r"gsm9k: no such file; the benchmarks .* gsm8k, math"):
         evaluate.load_problems("gsm9k")
 
 
@@ -171,21 +175,6 @@ def test_no_hub_fails_in_seconds(tmp_path, monkeypatch, endpoint):
         with pytest.raises(BadInput, match=f"{said}.*(refused|not known)"):
             ask()
         assert sum(HUB.waits) + time.perf_counter() - begin < 10
-
-
-def test_gguf_is_named(tmp_path, toy_model):
-    """Guards "missing tokenizer.json" for a file, a folder or a Hub name of llama.cpp's format."""
-    shutil.copytree(toy_model, tmp_path / "m")
-    (tmp_path / "m" / "model.q4.gguf").write_bytes(b"GGUF")
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "model.q4.gguf").write_bytes(b"GGUF")
-    assert data.Tokenizer(tmp_path / "m").eot_id == 3  # beside a folder of Hugging Face
-    for path in (tmp_path / "llama", tmp_path / "llama" / "model.q4.gguf",
-                 "Qwen/Qwen2.5-0.5B-Instruct-GGUF", tmp_path / "absent.gguf"):
-        for load in (data.Tokenizer, Transformer.from_pretrained):
-            with pytest.raises(BadInput, match=rf"{path}: GGUF is llama\.cpp's format; give the"):
-                load(path)
-    assert not HUB.seen
 
 
 def test_suffix_box(tmp_path):
@@ -232,7 +221,7 @@ def test_models_load_by_name(tmp_path, toy_model, monkeypatch):
 
 
 @pytest.mark.parametrize("fault, said", [
-    ([404], "404"), ([429] * 9, "429"), (["broken"] * 9, "closed"),
+    ([404], "404"), ([403], "403"), ([429] * 9, "429"), (["broken"] * 9, "closed"),
     (["truncated"], "size|Consistency")])
 def test_a_model_that_fails_to_download_is_named(toy_model, tmp_path, monkeypatch, fault, said):
     """Guards tracebacks of the client, and half a file of weights that counts as there."""
@@ -245,16 +234,6 @@ def test_a_model_that_fails_to_download_is_named(toy_model, tmp_path, monkeypatc
     ours = Transformer.from_pretrained(toy_model).state_dict()
     theirs = Transformer.from_pretrained("org/name").state_dict()
     assert all(map(torch.equal, theirs.values(), ours.values()))
-
-
-def test_tiny_gated_model(tmp_path, monkeypatch):
-    """Guards the message for what needs a license or a login."""
-    make_hf(tmp_path / "m")
-    HUB.repos["models/org/gated"] = model_files(tmp_path / "m")
-    HUB.faults["config.json"] = [403]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(BadInput, match=r"org/gated: .*403"):
-        data.load("org/gated")
 
 
 def test_the_users_token_stays_secret(tmp_path, toy_model, monkeypatch, capsys):

@@ -36,20 +36,24 @@ def naive(name, q_logits, y, p_logits, beta):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("objective", loss.NAMES)
+@pytest.mark.parametrize("objective", loss.OBJECTIVES)
 @pytest.mark.parametrize("beta", [0.1, 0.9])
 def test_value_and_gradient_equal_naive(objective, beta):
     """Guards every formula and, with p and q far apart and beta away from 1/2, p and q exchanged;
-    and that the weight multiplies each loss and has no gradient of its own."""
-    name, weighted = loss.split_name(objective)
+    and that the weight multiplies each loss and has no gradient of its own. DFT's weight is q(y),
+    and it is given no p at all."""
+    name = {"dft": "sft", "discord": "sft"}.get(objective, objective.removeprefix("discord-"))
     p, q = logits(1), logits(2).requires_grad_()
-    got, weight = loss.token_losses(objective, q, Y, None if name == "sft" else p,
-                                    p.log_softmax(-1)[range(N), Y], tau=0.6, beta=beta)
+    p_logp = None if objective == "dft" else p.log_softmax(-1)[range(N), Y]
+    got, weight = loss.token_losses(objective, q, Y, None if name == "sft" else p, p_logp,
+                                    tau=0.6, beta=beta)
     (weight * got).sum().backward()
     q64, p64 = logits(2).double().requires_grad_(), p.double()
     expected = naive(name, q64, Y, p64, beta)
     w = torch.ones(N)
-    if weighted:
+    if objective == "dft":
+        w = q64.softmax(-1)[range(N), Y].detach()
+    elif objective.startswith("discord"):
         ratio = (q64.softmax(-1) / p64.softmax(-1))[range(N), Y].detach()
         w = 2 / (1 + ratio ** (-1 / 0.6))
         assert w.min() < 0.2 and w.max() > 1.5
@@ -69,13 +73,15 @@ def test_generalized_jsd_equals_trl():
         torch.testing.assert_close(loss.gkd(q, p, beta), theirs.reshape(N, V).sum(-1))
 
 
-def test_weighted_cross_entropy_equals_trl_dft():
-    """Guards the direction of the weight: against p = 1 at tau = 1, w = 2q / (1 + q), so DisCorD's
-    loss is TRL's dft loss (-q log q, q without gradient) times 2 / (1 + q)."""
-    q = logits(2)
-    nll = loss.sft(q, Y)
-    got, w = loss.token_losses("discord", q, Y, p_logp=torch.zeros(N), tau=1.0)
-    torch.testing.assert_close(w * got, nll * (-nll).exp() * 2 / (1 + (-nll).exp()))
+def test_dft_in_numbers():
+    """Guards DFT with p in it, or with a gradient through its weight: for q(y) = 1/4 of three, the
+    loss is log(4) / 4, and its gradient a quarter of that of SFT."""
+    q = torch.tensor([[1.0, 2.0, 1.0]]).log().requires_grad_()
+    got, w = loss.token_losses("dft", q, torch.tensor([0]))
+    (w * got).sum().backward()
+    assert not loss.dft_weight(q.log_softmax(-1)[:, 0]).requires_grad
+    assert w.tolist() == [0.25] and (w * got).item() == pytest.approx(math.log(4) / 4)
+    torch.testing.assert_close(q.grad, torch.tensor([[-0.75, 0.5, 0.25]]) / 4)
 
 
 def test_divergences_vanish_at_the_teacher():
@@ -88,19 +94,6 @@ def test_divergences_vanish_at_the_teacher():
             value.sum().backward()
             assert value.dtype == torch.float32 and value.abs().max() < 1e-6
             assert q.grad.abs().max() < 1e-6
-
-
-def test_bf16_inputs_are_computed_in_fp32():
-    """Guards a log-softmax in bf16, which is off by up to 0.2 nats on real logits."""
-    q, p = logits(1, 20).bfloat16(), logits(2, 20).bfloat16()
-    for objective in loss.NAMES:
-        teacher = None if loss.split_name(objective)[0] == "sft" else p
-        p_logp = p.float().log_softmax(-1)[range(N), Y]
-        got = loss.token_losses(objective, q, Y, teacher, p_logp)
-        full = None if teacher is None else p.double()
-        exact = loss.token_losses(objective, q.double(), Y, full, p_logp)
-        for a, b in zip(got, exact, strict=True):
-            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_todi_is_jeffreys_in_value_only():
@@ -177,13 +170,13 @@ def test_extreme_logits_are_right(size, dtype):
     q[2, :3], p[2, :3] = torch.tensor([50.0, 0.0, -50.0]), torch.tensor([-50.0, 0.0, 50.0])
     noise = torch.randn(2, 2, size, generator=torch.Generator().manual_seed(0)) * 4
     q[3:], p[3:] = noise[0], noise[1]
-    for objective in loss.NAMES:
+    for objective, (token_loss, _) in loss.OBJECTIVES.items():
         found = []
         for kind in (dtype, torch.float64):
             student = q.to(dtype).to(kind).requires_grad_()
             teacher = p.to(dtype).to(kind)
             got, weight = loss.token_losses(
-                objective, student, y, None if loss.split_name(objective)[0] == "sft" else teacher,
+                objective, student, y, None if token_loss is loss.sft else teacher,
                 -loss.sft(teacher, y))
             grad, = torch.autograd.grad((weight * got).sum(), student)
             found.append([x.detach().double() for x in (got, weight, grad)])
@@ -238,8 +231,7 @@ def test_fact_6_dead_token():
 
 def test_names():
     """Guards an objective that exists without its DisCorD form, or twice."""
-    assert loss.NAMES == ["sft", "kl", "rkl", "todi", "gkd", "discord", "discord-kl", "discord-rkl",
-                          "discord-todi", "discord-gkd"]
-    assert [loss.split_name(name) for name in ("sft", "discord", "discord-todi", "kl")] == [
-        ("sft", False), ("sft", True), ("todi", True), ("kl", False)]
+    assert [*loss.OBJECTIVES] == [
+        "sft", "dft", "discord", "kl", "rkl", "todi", "gkd", "discord-kl", "discord-rkl",
+        "discord-todi", "discord-gkd"]
     assert math.isclose(loss.TAU, 0.7)

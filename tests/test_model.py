@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import KINDS, make_hf, raw_config
+from conftest import DATA, FIXTURES, KINDS, make_hf
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,6 +75,19 @@ def test_no_memory_is_not_a_corrupt_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", full)
     with pytest.raises(torch.OutOfMemoryError):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_an_error_in_the_network_is_not_a_wrong_file(tmp_path, monkeypatch):
+    """Guards a mistake in somebody's Block that is reported as a broken checkpoint, without the
+    traceback that leads to it."""
+    make_hf(tmp_path, "qwen2")
+
+    def broken(self, config):
+        self.width = config.hiden_size
+
+    monkeypatch.setattr(model.Block, "__init__", broken)
+    with pytest.raises(AttributeError, match="hiden_size"):
         Transformer.from_pretrained(tmp_path)
 
 
@@ -242,7 +255,7 @@ def test_save_opens_in_transformers(tmp_path, kind, dtype):
 
 @torch.no_grad()
 def test_shards(tmp_path, monkeypatch):
-    """Guards index files, ours and theirs, and a stale index beside a new single file."""
+    """Guards index files, ours and theirs."""
     make_hf(tmp_path / "a", "qwen2 untied")
     ours = Transformer.from_pretrained(tmp_path / "a")
     with monkeypatch.context() as patch:
@@ -254,8 +267,6 @@ def test_shards(tmp_path, monkeypatch):
     theirs.save_pretrained(tmp_path / "c", max_shard_size="30KB")
     again = Transformer.from_pretrained(tmp_path / "c")
     assert torch.equal(again(TOKENS), ours(TOKENS))
-    again.save_pretrained(tmp_path / "b")
-    assert torch.equal(Transformer.from_pretrained(tmp_path / "b")(TOKENS), ours(TOKENS))
 
 
 def test_eos_of_generation_config(tmp_path):
@@ -270,83 +281,14 @@ def test_eos_of_generation_config(tmp_path):
     assert Transformer.from_pretrained(tmp_path / "b").eos_token_ids == [3, 7]
 
 
-def edit(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def test_old_constants_and_saved_tied_heads_load(tmp_path):
     """Guards Llama-2 files with inv_freq and tied models that were saved with their head."""
     make_hf(tmp_path, "qwen2")
-    edit(tmp_path, lambda t: t.update({
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     assert Transformer.from_pretrained(tmp_path).config.tie_word_embeddings
-
-
-@pytest.mark.parametrize("change, named", [
-    (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
-    (lambda t: t.pop("model.layers.1.self_attn.q_proj.bias"), "layers.1.self_attn.q_proj.bias"),
-    (lambda t: t.update({"model.layers.9.x": torch.ones(2)}), "model.layers.9.x"),
-    (lambda t: t.update({"lm_head.weight": torch.ones(97, 32)}), "lm_head.weight"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(7)}), "model.norm.weight")])
-def test_wrong_tensors_are_named(tmp_path, change, named):
-    """Guards loading that goes on with missing, surplus or misshapen tensors."""
-    make_hf(tmp_path, "qwen2")
-    edit(tmp_path, change)
-    with pytest.raises(BadInput, match=named.replace(".", r"\.")) as error:
-        Transformer.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_broken_files_are_named(tmp_path):
-    """Guards truncated downloads, and the names of what is not there."""
-    make_hf(tmp_path, "qwen2")
-    file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
-    for broken in (whole[:-100], whole[:5], b"", b"\xff" * 200):
-        file.write_bytes(broken)
-        with pytest.raises(BadInput, match=r"model\.safetensors: missing, corrupt, truncated"):
-            Transformer.from_pretrained(tmp_path)
-    file.unlink()
-    with pytest.raises(BadInput, match=r"model\.safetensors: missing"):
-        Transformer.from_pretrained(tmp_path)
-    for text, said in (("{", "missing, or not valid JSON"), ("[1]", "not a JSON object"),
-                       ("null", "not a JSON object"), ("\udcff", "missing, or not valid JSON")):
-        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(BadInput, match=rf"config\.json: {said}"):
-            Transformer.from_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="not a folder"):
-        Transformer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(BadInput, match="nobody/nothing: not a folder, and the Hub says"):
-        Transformer.from_pretrained("nobody/nothing")
-
-
-@pytest.mark.parametrize("key, value", [
-    ("model_type", "mistral"), ("model_type", None), ("hidden_act", "gelu"), ("mlp_bias", True),
-    ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
-    ("attention_dropout", 0.1), ("is_causal", False),
-    ("quantization_config", {"quant_method": "fp8"}), ("auto_map", {"AutoModel": "x.Y"}),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-    ("rope_parameters", {"rope_type": "dynamic"}),
-    ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("partial_rotary_factor", 0.5),
-    ("rope_scaling", {"type": "default", "mrope_section": [2, 2]}), ("head_dim", 7),
-    ("num_key_value_heads", 3), ("hidden_size", None), ("vocab_size", "97"), ("rms_norm_eps", -1),
-    ("num_attention_heads", 0), ("rope_theta", 0), ("architectures", ["Qwen2ForRewardModel"])])
-def test_unsupported_config_is_refused(key, value):
-    """Guards silently wrong networks: the message has the key (or the part of it) and the value."""
-    raw = raw_config("qwen2") | {key: value}
-    part = {"rope_scaling": "rope_type|low_freq_factor|mrope_section",
-            "rope_parameters": "rope_type|full_attention"}
-    with pytest.raises(BadInput, match=part.get(key, key)) as error:
-        Config(raw, "some/config.json")
-    assert str(error.value).startswith("some/config.json: ")
-    shown = value if not isinstance(value, dict | list) else ""
-    assert str(shown) in str(error.value)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -363,10 +305,11 @@ def test_defaults_are_those_of_transformers(model_type):
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_real_configs(shared):
-    """Each of sixty real config.json files is refused by name or has transformers' parameters."""
+def test_real_configs():
+    """Each of sixty real config.json files (or five, of the fixtures) is refused by name or has
+    transformers' parameters."""
     supported, refused = [], []
-    for file in sorted((shared / "configs").glob("*.json")):
+    for file in sorted((DATA / "configs").glob("*.json")):
         if "generation_config" in file.name:
             continue
         raw = json.loads(file.read_text())
@@ -386,5 +329,6 @@ def test_real_configs(shared):
         assert config.rms_norm_eps == theirs.config.rms_norm_eps
         assert config.rope_theta == theirs.config.rope_parameters["rope_theta"]
         assert config.rope_type == theirs.config.rope_parameters["rope_type"]
-    assert len(supported) == 49 and len(refused) == 12, (len(supported), refused)
-    assert all(" = " in message for message in refused)
+    expected = (5, 0) if DATA == FIXTURES else (49, 12)
+    assert (len(supported), len(refused)) == expected, refused
+    assert all(" = " in message or "is not implemented" in message for message in refused)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import doors
 import gsm8k
+import mutants
 import pytest
 import real
 import server
@@ -26,7 +26,7 @@ from model import BadInput, Transformer
 @pytest.fixture
 def problems(tmp_path) -> Path:
     rng, file = random.Random(1), tmp_path / "problems.jsonl"
-    data.write_jsonl(file, [{"id": i, **data.toy_trace(rng)} for i in range(12)])
+    data.write_jsonl(file, [{"id": i, **train.toy_trace(rng)} for i in range(12)])
     return file
 
 
@@ -34,7 +34,7 @@ def problems(tmp_path) -> Path:
 def model(tmp_path) -> Path:
     """A random model that a tenth of all tokens ends."""
     folder = tmp_path / "model"
-    make_hf(folder, "qwen2", vocab_size=data.save_toy_tokenizer(folder), num_hidden_layers=1)
+    make_hf(folder, "qwen2", vocab_size=train.save_toy_tokenizer(folder), num_hidden_layers=1)
     (folder / "generation_config.json").write_text(json.dumps(
         {"eos_token_id": list(range(3, 129, 10))}))
     return folder
@@ -121,7 +121,7 @@ def test_a_server(model, url, tmp_path, problems, monkeypatch, form):
     assert found["ending in an end of turn"] == usable > 2 and found["largest"] <= 1e-4
     assert found["weight at q = p"] == found["first step's weight"] == 1.0
     monkeypatch.setattr(MadeServer, "system", "You are helpful.")
-    with pytest.raises((BadInput, AssertionError), match=r"prompt_tokens: \d+ there|prompt tokens"):
+    with pytest.raises((BadInput, AssertionError), match=r"prompt_tokens: the|prompt tokens"):
         server.main([*argv, "--out", str(tmp_path / "other")])
 
 
@@ -133,11 +133,8 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     def run(log: Path, script: str, *words: object) -> str:
         argv, said = list(map(str, words)), io.StringIO()
         ran.append(shlex.join([script, *argv]))
-        with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
-            if argv[0] == "dft":
-                patch.setitem(gsm8k.loss.OBJECTIVES, "sft", None)
-                gsm8k.dft(argv[1:])
-            elif script == "train.py":
+        with contextlib.redirect_stdout(said):
+            if script == "train.py":
                 train.train(train.parse_args(argv))
             else:
                 evaluate.main(argv)
@@ -170,9 +167,6 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     assert sum(line.startswith("evaluate.py exposure") for line in ran) == 0
 
 
-def test_doors(toy_model, traces, tmp_path, monkeypatch):
-    """Guards a comparison that compares nothing."""
-    monkeypatch.setattr(doors.DisCorD, "vocab_size", 129)
-    found = doors.main([str(toy_model), str(traces), "--out", str(tmp_path), "--lr", "1e-3"])
-    assert found["loss"] < 1e-4 and found["norm"] < 1e-4  # the Trainer's log is rounded
-    assert found["weights"] < 1e-3 * found["update"] and found["update"] > 0.1
+def test_mutants_are_of_this_code():
+    """Guards a table of mutants that has fallen behind the code, so that nothing is broken."""
+    assert mutants.behind() == [] and len(mutants.MUTANTS) > 110

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_hf
+from conftest import DATA, FIXTURES, make_hf, save_byte_tokenizer
 from hub import HUB
 from server import readme_lines
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,9 @@ import train
 
 HOME = Path(__file__).parents[1]
 README = (HOME / "README.md").read_text(encoding="utf-8")
-EVIDENCE = (HOME / "tests" / "README.md").read_text(encoding="utf-8")
+PAGES = {file.parent: file.read_text(encoding="utf-8")
+         for folder in (".", "tests", "tests/study", "tests/workshop", "tests/checks")
+         if (file := HOME / folder / "README.md").exists()}
 RECIPE = README.partition("\n## Your own models")[2].partition("\n## Results")[0]
 VARIABLES = dict(re.findall(r"\b([A-Z])=(\S+)", RECIPE))
 COMMANDS = re.findall(r"^    python ((?:data|train|evaluate)\.py [^#\n]*)", RECIPE, re.MULTILINE)
@@ -32,21 +34,27 @@ SMALL = {"accuracy": "--limit 12 --max-new-tokens 12 --batch-size 24 --device cp
          "train.py": "--steps 2 --batch-size 2 --grad-accum 1 --lr 1e-3 --device cpu"}
 
 
-def publish(shared, tmp_path):
-    """GSM8K and two Qwens on the Hub. A tenth of all tokens ends an answer, or random models would
+def publish(tmp_path):
+    """GSM8K (at least 12 problems) and two Qwens on the Hub, with one token for each byte where the
+    real tokenizer is not at hand. A tenth of all tokens ends an answer, or random models would
     never finish one."""
     for split in ("train", "test"):
-        HUB.rows["openai/gsm8k", "main", split] = [
-            row for _, row in data.read_jsonl(shared / f"benchmarks/gsm8k/{split}.jsonl")]
+        rows = [row for _, row in data.read_jsonl(DATA / f"benchmarks/gsm8k/{split}.jsonl")]
+        HUB.rows["openai/gsm8k", "main", split] = rows if len(rows) > 12 else [
+            {**row, "question": f"{i}. {row['question']}"} for i in range(4) for row in rows]
     for seed, (name, tokenizer) in enumerate((("Qwen2.5-7B-Instruct", "Qwen2.5-Instruct"),
                                               ("Qwen2.5-0.5B", "Qwen2.5-base"))):
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
-        shutil.copyfile(shared / "tokenizers/Qwen2.5-Instruct/tokenizer.json",
-                        folder / "tokenizer.json")
-        shutil.copyfile(shared / "tokenizers" / tokenizer / "tokenizer_config.json",
-                        folder / "tokenizer_config.json")
-        raw = json.loads((shared / f"configs/{name}.json").read_text())
+        config = (DATA / "tokenizers" / tokenizer / "tokenizer_config.json").read_text()
+        (folder / "tokenizer_config.json").write_text(config)
+        if DATA == FIXTURES:
+            added = json.loads(config)["added_tokens_decoder"].values()
+            save_byte_tokenizer(folder, (), [x["content"] for x in added if x["special"]], [])
+        else:
+            shutil.copyfile(DATA / "tokenizers/Qwen2.5-Instruct/tokenizer.json",
+                            folder / "tokenizer.json")
+        raw = json.loads((DATA / f"configs/{name}.json").read_text())
         make_hf(folder, "qwen2", seed, 0.1, **{**raw, "hidden_size": 32, "intermediate_size": 64,
                                              "num_hidden_layers": 1, "num_attention_heads": 4,
                                              "num_key_value_heads": 2})
@@ -55,18 +63,18 @@ def publish(shared, tmp_path):
         HUB.repos[f"models/Qwen/{name}"] = {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
-def test_recipes(shared, tmp_path, monkeypatch, capsys):
+def test_recipes(tmp_path, monkeypatch, capsys):
     """Guards commands that do not parse or do not fit together: a prompt, id or number lost on the
     way from the Hub's problems to the student's accuracy."""
     monkeypatch.setattr(evaluate.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "is_correct", lambda prediction, gold: bool(
-        prediction and zlib.crc32((prediction + gold).encode()) % 3))
+        prediction.strip() and zlib.crc32((prediction + gold).encode()) % 3))
     monkeypatch.setattr(data, "Tokenizer", cache(data.Tokenizer))  # half a second each
     monkeypatch.chdir(tmp_path)
-    publish(shared, tmp_path)
+    publish(tmp_path)
     data.write_jsonl("plain.jsonl", [{"prompt": f"{i}+2?", "response": f"It is {i + 2}."}
                                      for i in range(4)])
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) >= 15
     mains = {"data.py": data.main, "evaluate.py": evaluate.main,
              "train.py": lambda words: train.train(train.parse_args(words))}
     for command in COMMANDS:
@@ -76,8 +84,8 @@ def test_recipes(shared, tmp_path, monkeypatch, capsys):
         kind = script if script == "train.py" else words[0]
         mains[script]([*words, *shlex.split(SMALL.get(kind, ""))])
     printed = capsys.readouterr().out
-    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train: accuracy 0.") == 3 + 2
-    assert "runs/discord on gsm8k: accuracy 0." in printed
+    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train:\n  accuracy 0.") == 3 + 2
+    assert "runs/discord on gsm8k:\n  accuracy 0." in printed
     assert "A - B: +0.0000, 95 % interval +0.0000 to +0.0000" in printed
     assert "| runs/low " in printed and "| runs/high " in printed
     assert Path("runs/discord/gsm8k-greedy.jsonl").exists()
@@ -90,7 +98,7 @@ def test_recipes(shared, tmp_path, monkeypatch, capsys):
         assert record["rendered"].startswith("<|im_start|>system\nYou are Qwen, created by Alibaba")
         if not record["response"].strip():
             continue  # ended at once, and wrong
-        example = data.encode_trace(record, student, "line 1", teacher=True)
+        example = data.encode_trace(record, student, "line 1", need_logprobs=True)
         text = student.decode(example.tokens[:example.prompt_length].tolist())
         assert text == record["rendered"].replace("You are Qwen, created by Alibaba Cloud. You are "
                                                   "a", "You are a")  # the base model's template
@@ -158,7 +166,7 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
          {"given": problems, "outputs": replies, "replies": replies})
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "0 a+4"}])
     assert all(record["prompt_tokens"] == prompt for _, record in data.read_jsonl("served.jsonl"))
-    examples, dropped = data.load_traces("served.jsonl", tokenizer, 64, teacher=True)
+    examples, dropped = data.load_traces("served.jsonl", tokenizer, 64, need_logprobs=True)
     assert dropped == {"wrong": 1, "unfinished": 2, "with a log-probability of null or -9999": 2}
     ids = tokenizer.encode("f=2 #### 2")
     for example, last in zip(examples, (tokenizer.eot_id, 1), strict=True):
@@ -167,7 +175,7 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(
-    r"python ((?:data|train|evaluate)\.py(?: [^\n#`;&)]*)?)", README + EVIDENCE))))
+    r"python ((?:data|train|evaluate)\.py(?: [^\n#`;&)]*)?)", "\n".join(PAGES.values())))))
 def test_commands_have_these_options(command, capsys):
     """Guards commands and options of the READMEs that do not exist."""
     script, *words = shlex.split(command)
@@ -181,18 +189,19 @@ def test_commands_have_these_options(command, capsys):
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", said))
 
 
-def test_sizes_code_and_links_are_those_of_the_files():
-    """Guards line counts and quoted code that have gone stale, and links to what is not there."""
-    sizes = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    assert sizes == {name: str(len((HOME / name).read_text().splitlines())) for name in (
-        "loss.py", "model.py", "data.py", "evaluate.py", "train.py")}
+def test_code_and_links_are_those_of_the_files():
+    """Guards quoted code that has gone stale, and links to and names of files that do not exist."""
     code = "\n".join((HOME / name).read_text() for name in ("loss.py", "train.py"))
     quoted = [line.strip() for line in README.partition("## The method")[2].partition("\n5. ")[0]
               .splitlines() if line.startswith("       ")]
     assert len(quoted) == 4 and [line for line in quoted if line not in code] == []
     bridge = (HOME / "tests/test_bridge.py").read_text()
-    lines = EVIDENCE.partition("    class DisCorD")[2].partition("\n\nOn one")[0].splitlines()[1:]
-    assert len(lines) >= 8 and [line for line in lines if line.strip() not in bridge] == []
-    for folder, text in ((HOME, README), (HOME / "tests", EVIDENCE)):
+    page, = (text for text in PAGES.values() if "    class DisCorD" in text)
+    block = re.match(r"(?:(?: {4}.*)?\n)+", page[page.index("    class DisCorD"):])[0]
+    lines = [line.strip() for line in block.splitlines()]
+    assert len(lines) >= 8 and [line for line in lines if line not in bridge] == []
+    for folder, text in PAGES.items():
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         assert links and [link for link in links if not (folder / link).exists()] == []
+        files = re.findall(r"\btests/[\w/]+\.(?:py|yaml)\b", text)
+        assert [name for name in files if not (HOME / name).exists()] == []

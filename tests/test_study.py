@@ -7,6 +7,7 @@ import study
 import torch
 
 import data
+import train
 from model import Transformer
 
 
@@ -46,7 +47,7 @@ def test_world_with_four_ways(tmp_path, monkeypatch):
     """Guards lessons in shares other than asked for, values without a token of their own, and a
     student that is not the teacher's first layer."""
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(data, "save_toy_tokenizer", data.save_toy_tokenizer)  # to be put back
+    monkeypatch.setattr(train, "save_toy_tokenizer", train.save_toy_tokenizer)  # to be put back
     world = study.World(ways=True)
     world.write_problems(tmp_path / "t.jsonl", 2000, shares=study.STUDENT_SHARES)
     records = [record for _, record in data.read_jsonl(tmp_path / "t.jsonl")]

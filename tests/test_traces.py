@@ -1,19 +1,19 @@
 """data.py: sampled ids as traces and back, thinking, and the stages of DASD, on made traces."""
 
-import gzip
 import json
 import math
 import random
 import re
-import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
-from conftest import make_hf
+from conftest import make_hf, save_byte_tokenizer
 
 import data
 import evaluate
+import train
 from model import BadInput
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -22,21 +22,7 @@ TEXT = "It is 5 caf\u00e9s, \U0001f642 so. Then\n\\boxed{5}!"
 
 
 def save_tokenizer(folder, words, template=TEMPLATE):
-    """A byte-level tokenizer like Qwen's: a token for each byte, and one for each of `words`."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab, merges = {token: i for i, token in enumerate(alphabet)}, []
-    for word in words:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in vocab:
-                vocab[word[:end]] = len(vocab)
-                merges.append((word[:end - 1], word[end - 1]))
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-    backend.add_tokens(["<think>"])
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder, words)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"eos_token": "<|endoftext|>", "chat_template": template}))
     return data.Tokenizer(folder)
@@ -48,6 +34,16 @@ def tokenizer(tmp_path):
 
 
 # ----------------------------------------------------------------------------- sampled ids and back
+
+
+def sampled_fields(ids, logp, tokenizer, *more_eos) -> dict:
+    """What `evaluate.py accuracy` writes about sampled ids, without the verdict."""
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10 ** 9),
+                            eos_token_ids=[tokenizer.eot_id, *more_eos])
+    record = evaluate.grade_answer(model, tokenizer, {"id": 1, "prompt": "?", "answer": "5"}, [],
+                                   list(ids), logp)
+    kept = "response", "finished", "teacher_logprobs", "vocab", "tokens"
+    return {key: record[key] for key in kept if key in record}
 
 
 def sampled(tokenizer, name):
@@ -69,18 +65,19 @@ SAMPLED = ["as the text", "another EOS", "other tokens for the text", "a part of
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_ids_come_back(tokenizer, tmp_path, name):
-    """Guards a trace that is not what was sampled: trace_fields, a file, encode_trace. It ends in
+    """Guards a trace that is not what was sampled: grade_answer, a file, encode_trace. It ends in
     the EOS that was sampled, and each number stays with its token. Only an answer that was cut off
     may lack an end of turn."""
     ids, rng = sampled(tokenizer, name), random.Random(0)
     logp = [-rng.random() * 9 for _ in ids]
     finished = not name.startswith("cut off")
-    fields = data.trace_fields(ids, np.array(logp, np.float32), tokenizer, finished)
+    fields = sampled_fields(ids, np.array(logp, np.float32), tokenizer,
+                            tokenizer.vocab["<|endoftext|>"])
     assert ("tokens" in fields) == (name not in ("as the text", "an end of turn within"))
     assert fields["finished"] == finished and not fields["response"].endswith("|>")
     data.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "What?", **fields}])
     (_, record), = data.read_jsonl(tmp_path / "t.jsonl")
-    example = data.encode_trace(record, tokenizer, "line 1", teacher=True)
+    example = data.encode_trace(record, tokenizer, "line 1", need_logprobs=True)
     assert example.tokens[example.prompt_length:].tolist() == ids
     assert np.abs(example.teacher_logp - logp).max() < 1e-4
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "What?"}])
@@ -93,44 +90,19 @@ def test_sampled_ids_come_back(tokenizer, tmp_path, name):
 
 
 def test_other_tokens_are_refused(tokenizer, tmp_path):
-    """Guards ratios of probabilities of different tokens: the ids must be this tokenizer's and
-    spell the response, also where nobody reads the log-probabilities. Without both, SFT works."""
+    """Guards ratios of probabilities of different tokens: the ids must be this tokenizer's, also
+    where nobody reads the log-probabilities. Without both, SFT works."""
     other = save_tokenizer(tmp_path / "teacher", ["caf", "\u0120It", "5"])
     ids = [*other.encode("ca"), *other.encode("f\u00e9"), other.eot_id]
-    fields = data.trace_fields(ids, [-1.0] * len(ids), other, finished=True)
-    assert fields["response"] == "caf\u00e9" and fields["tokens"] == ids
-    good = {"prompt": "What?", "response": TEXT}
-    good["tokens"] = [*tokenizer.encode(TEXT), tokenizer.eot_id]
-    bad = [{**good, **fields}, {**good, "tokens": good["tokens"][1:]},
-           {**good, "tokens": [*good["tokens"][:-1], tokenizer.vocab_size]},
-           {**good, "tokens": [-1, *good["tokens"]]}, {**good, "response": "It is 6."},
-           {**good, "tokens": good["tokens"][:-1]}]  # stopped by a string in llama.cpp's server
-    file = tmp_path / "t.jsonl"
-    for record in bad:
-        data.write_jsonl(file, [good, record])
-        for teacher in (False, True):
-            record.setdefault("teacher_logprobs", [-1.0] * len(record["tokens"]))
-            good["teacher_logprobs"] = [-1.0] * len(good["tokens"])
-            data.write_jsonl(file, [good, record])
-            with pytest.raises(BadInput, match=rf"^{file} line 2: tokens do not spell the response "
-                               r"and its end of turn.*; use --objective sft$"):
-                data.load_traces(file, tokenizer, teacher=teacher)
-    del bad[0]["tokens"], bad[0]["teacher_logprobs"]
-    data.write_jsonl(file, [bad[0]])
-    (example,), _ = data.load_traces(file, tokenizer)
+    record = {"prompt": "What?", **sampled_fields(ids, [-1.0] * len(ids), other)}
+    assert record["response"] == "caf\u00e9" and record["tokens"] == ids
+    for need_logprobs in (False, True):
+        with pytest.raises(BadInput, match="t line 2: tokens do not spell the response"):
+            data.encode_trace(record, tokenizer, "t line 2", need_logprobs)
+    del record["tokens"], record["teacher_logprobs"]
+    example = data.encode_trace(record, tokenizer, "t line 2")
     ids = example.tokens[example.prompt_length:].tolist()
     assert ids == [*tokenizer.encode("caf\u00e9"), tokenizer.eot_id]
-
-
-def test_another_tokenizers_numbers_are_refused(tokenizer, tmp_path):
-    """Guards log-probabilities of other tokens where no ids tell: their number differs."""
-    other = save_tokenizer(tmp_path / "teacher", ["caf", "\u0120It", "5", "It\u0120is"])
-    count = len(other.encode(TEXT)) + 1
-    assert count != len(tokenizer.encode(TEXT)) + 1
-    data.write_jsonl(tmp_path / "t.jsonl", [
-        {"prompt": "What?", "response": TEXT, "teacher_logprobs": [-1.0] * count}])
-    with pytest.raises(BadInput, match=r"t\.jsonl line 1: teacher_logprobs: .*share a tokenizer"):
-        data.load_traces(tmp_path / "t.jsonl", tokenizer, teacher=True)
 
 
 @pytest.mark.parametrize("opened", [True, False])
@@ -141,7 +113,7 @@ def test_thinking_that_the_template_opens(tmp_path, opened):
     for response in ("<think>\nHm.\n</think>\nSo.", "<think>\n\nHm.\n</think>\nSo."):
         trace = {"prompt": "?", "response": response}
         trace["teacher_logprobs"] = [-1.0] * (len(tokenizer.encode(response)) + 1)
-        example = data.encode_trace(trace, tokenizer, "line 1", teacher=True)
+        example = data.encode_trace(trace, tokenizer, "line 1", need_logprobs=True)
         text = tokenizer.decode(example.tokens.tolist())
         assert text == f"<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n{response}"
         assert len(example.teacher_logp) == len(example.tokens) - example.prompt_length
@@ -173,26 +145,11 @@ def test_thinking_in_a_field_of_its_own(tokenizer, name):
         text = eval(advice, {"thinking": THINKING, "answer": "4"})  # noqa: S307
         assert text == f"<think>\n{THINKING}\n</think>\n\n4"
         example = data.encode_trace({"prompt": "2+2?", "response": text}, tokenizer, "t line 1")
-        assert data.show_example(example, tokenizer).endswith(f"[{text}<|im_end|>]")
+        assert train.show_example(example, tokenizer).endswith(f"[{text}<|im_end|>]")
     for empty in (None, ""):
         record = {"messages": [CHAT[0], {**CHAT[1], name: empty}], name: empty}
         assert data.response_ids(record, tokenizer, "t line 1") == [
             *tokenizer.encode("4"), tokenizer.eot_id]
-    parts = [{"type": "thinking", "thinking": THINKING}, {"type": "text", "text": "4"}]
-    with pytest.raises(BadInput, match=r"t line 1: messages: expected turns .* both text"):
-        data.encode_trace({"messages": [CHAT[0], {**CHAT[1], "content": parts}]}, tokenizer,
-                          "t line 1")
-
-
-@pytest.mark.parametrize("name", ["tools", "tool_calls", "functions", "function_call"])
-def test_tools_are_refused(tokenizer, name):
-    """Guards a call of a tool that is cut out of a trace without a word."""
-    field = {name: [{"name": "add", "arguments": "{}"}]}
-    for record in ({"messages": CHAT, **field}, {"messages": [CHAT[0], {**CHAT[1], **field}]},
-                   {"messages": [CHAT[0], {**CHAT[1], **field, "content": None}, *CHAT]}):
-        with pytest.raises(BadInput, match=rf"t line 1: {name} would be lost; tools are not"):
-            data.encode_trace(record, tokenizer, "t line 1")
-    data.encode_trace({"messages": CHAT, name: []}, tokenizer, "t line 1")
 
 
 def test_an_answer_is_not_in_its_prompt(tokenizer):
@@ -203,12 +160,12 @@ def test_an_answer_is_not_in_its_prompt(tokenizer):
         with pytest.raises(BadInput, match="t line 1: messages: no question, or an answer that"):
             data.encode_trace(record, tokenizer, "t line 1")
     with pytest.raises(BadInput, match="problem 7: messages: no question, or an answer that"):
-        evaluate.encode_problems([{"id": 7, "messages": CHAT, "answer": "4"}], tokenizer)
+        evaluate.encode_problem({"id": 7, "messages": CHAT, "answer": "4"}, tokenizer)
     example = data.encode_trace({"messages": CHAT, "response": None}, tokenizer, "t line 1")
-    assert data.show_example(example, tokenizer).endswith("assistant\n[4<|im_end|>]")
+    assert train.show_example(example, tokenizer).endswith("assistant\n[4<|im_end|>]")
     again = [*CHAT, CHAT[0]]  # an earlier answer belongs to the prompt
     example = data.encode_trace({"messages": again, "response": "5"}, tokenizer, "t line 1")
-    assert data.show_example(example, tokenizer).count("4<|im_end|>") == 1
+    assert train.show_example(example, tokenizer).count("4<|im_end|>") == 1
 
 
 SOME_ROLES = TEMPLATE.replace("for m in messages", "for m in messages if m.role in known")
@@ -230,23 +187,12 @@ def test_turns_that_a_template_drops(tmp_path, template, role):
         with pytest.raises(BadInput, match=rf"t line 1: .* leaves out the turn of role '{role}'"):
             data.encode_trace({"messages": turns, "response": "4"}, tokenizer, "t line 1")
         with pytest.raises(BadInput, match=rf"problem 5: .* leaves out the turn of role '{role}'"):
-            evaluate.encode_problems([{"id": 5, "messages": turns, "answer": "4"}], tokenizer)
+            evaluate.encode_problem({"id": 5, "messages": turns, "answer": "4"}, tokenizer)
     turns = [{"role": "system", "content": " Be brief.\n"}, CHAT[0],
              {"role": "assistant", "content": "<think>\nHm.\n</think>\n\n4"}, CHAT[0]]
     example = data.encode_trace({"messages": turns, "response": "4"}, tokenizer, "t line 1")
-    shown = data.show_example(example, tokenizer)
+    shown = train.show_example(example, tokenizer)
     assert shown.count("2+2?") == 2 and "Be brief." in shown and "[turn" not in shown
-
-
-def test_a_template_that_refuses_names_the_line(tmp_path):
-    """Guards "roles must alternate" of some trace among thousands."""
-    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else "
-                                "raise_exception('unknown role') }}")
-    with pytest.raises(BadInput, match=r"t line 9: chat template: .*unknown role"):
-        tokenizer = data.Tokenizer.__new__(data.Tokenizer)  # its own end of turn fails, too
-        tokenizer.template, tokenizer.special_tokens = data.TEMPLATES.from_string(template), {}
-        tokenizer.folder = tmp_path
-        tokenizer.encode_prompt([{"role": "critic", "content": "?"}], "t line 9")
 
 
 @pytest.mark.parametrize("name, reason", [("correct", "wrong"), ("finished", "unfinished")])
@@ -303,7 +249,8 @@ def test_prompts_are_compared(tokenizer):
         data.encode_trace({**trace, "prompt_tokens": right}, tokenizer, "t line 1")
     for wrong, count in ((prompt[1:], len(prompt) - 1), (len(prompt) + 3, len(prompt) + 3),
                          ([*prompt[:-1], 7], len(prompt)), ([], 0), ("x", "x"), (0, 0)):
-        said = rf"{count} there, {len(prompt)} other ones here: '<\|im_start.* another prompt"
+        said = (rf"the teacher saw {count} tokens, the student's template gives {len(prompt)} or "
+                r"other ones: '<\|im_start")
         with pytest.raises(BadInput, match=f"t line 1: prompt_tokens: {said}"):
             data.encode_trace({**trace, "prompt_tokens": wrong}, tokenizer, "t line 1")
 
@@ -311,18 +258,13 @@ def test_prompts_are_compared(tokenizer):
 def test_records_name_their_tokenizer(tokenizer, tmp_path):
     """Guards another tokenizer's log-probabilities where their number is the same by chance."""
     other = save_tokenizer(tmp_path / "other", ["It"])
-    text = "so 4"
-    assert len(other.encode(text)) == len(tokenizer.encode(text))
-    ids = [*other.encode(text), other.eot_id]
-    record = {"prompt": "?", **data.trace_fields(ids, [-1.0] * len(ids), other, True)}
-    assert len(record["vocab"]) == 8 and "tokens" not in record
-    again = data.Tokenizer(tmp_path / "other")
-    data.encode_trace(record, again, "t line 1", teacher=True)
+    ids = [*other.encode("so 4"), other.eot_id]
+    record = {"prompt": "?", **sampled_fields(ids, [-1.0] * len(ids), other)}
+    assert len(ids) == len(tokenizer.encode("so 4")) + 1 and "tokens" not in record
+    data.encode_trace(record, data.Tokenizer(tmp_path / "other"), "t line 1", need_logprobs=True)
     with pytest.raises(BadInput, match="t line 1: the teacher_logprobs are of another"):
-        data.encode_trace(record, tokenizer, "t line 1", teacher=True)
+        data.encode_trace(record, tokenizer, "t line 1", need_logprobs=True)
     data.encode_trace(record, tokenizer, "t line 1")  # SFT needs only the text
-    del record["vocab"]
-    data.encode_trace(record, tokenizer, "t line 1", teacher=True)
 
 
 def test_log_probabilities_that_are_all_zero(tokenizer, tmp_path):
@@ -333,63 +275,10 @@ def test_log_probabilities_that_are_all_zero(tokenizer, tmp_path):
     file = tmp_path / "t.jsonl"
     data.write_jsonl(file, [zero, zero])
     with pytest.raises(BadInput, match=r"t\.jsonl: all teacher_logprobs are 0, .*raw_logprobs"):
-        data.load_traces(file, tokenizer, teacher=True)
+        data.load_traces(file, tokenizer, need_logprobs=True)
     assert len(data.load_traces(file, tokenizer)[0]) == 2
     data.write_jsonl(file, [zero, {**zero, "teacher_logprobs": [0.0, -0.0001, 0.0]}])
-    assert len(data.load_traces(file, tokenizer, teacher=True)[0]) == 2
-
-
-@pytest.mark.parametrize("value", [0.5, 2.25, 1, True, False, math.inf, -math.inf, math.nan, "-1",
-                                   [-1.0]])
-def test_what_is_no_log_probability(tokenizer, value):
-    """Guards probabilities, losses and flags that pass for log-probabilities. It is named."""
-    record = {"prompt": "?", "response": "so", "teacher_logprobs": [-1.0, value, -1.0]}
-    with pytest.raises(BadInput, match=rf"t line 1: teacher_logprobs: {re.escape(repr(value))} is "
-                       "not a log-prob.* at most 0"):
-        data.encode_trace(record, tokenizer, "t line 1", teacher=True)
-
-
-def convert(error, folder, monkeypatch):
-    """Runs the command that an error names, as a shell splits it; Python starts only once."""
-    python, option, code = shlex.split(re.search("with (python -c '.*')$", str(error.value))[1])
-    assert (python, option) == ("python", "-c")
-    monkeypatch.chdir(folder)
-    exec(code, {})  # noqa: S102
-    return folder / "new.jsonl"
-
-
-CONVERTED = {"prompt": "2+2?", "response": "4", "id": 3}
-
-
-@pytest.mark.parametrize("form, content, expected", [
-    ("gzip", gzip.compress(json.dumps(CONVERTED).encode() + b"\n"), CONVERTED),
-    ("a JSON array", json.dumps([CONVERTED]).encode(), CONVERTED),
-    ("a JSON array", json.dumps([CONVERTED], indent=2).encode(), CONVERTED),
-    ("ShareGPT", {"id": 3, "conversations": [{"from": "system", "value": "s"},
-                                             {"from": "human", "value": "2+2?"},
-                                             {"from": "gpt", "value": "4"}]},
-     {"messages": [{"role": "system", "content": "s"}, *CHAT]}),
-    ("Alpaca", {"id": 3, "instruction": "2+2?", "output": "4"}, CONVERTED),
-    ("Alpaca", {"id": 3, "instruction": "Add.", "input": "2, 2", "output": "4"},
-     {"prompt": "Add.\n\n2, 2", "response": "4"}),
-    ("Alpaca", {"id": 3, "instruction": "2+2?", "input": "", "output": "4"}, CONVERTED),
-    ("Parquet", None, CONVERTED)])
-def test_other_formats(tokenizer, tmp_path, monkeypatch, form, content, expected):
-    """Guards a refusal that does not say what the file is, and a line that does not convert it."""
-    file = tmp_path / "a file.bin"
-    if form == "Parquet":
-        pytest.importorskip("pyarrow", reason="needs pandas and pyarrow")
-        pytest.importorskip("pandas", reason="needs pandas").DataFrame([CONVERTED]).to_parquet(file)
-    elif isinstance(content, dict):
-        data.write_jsonl(file, [content])
-    else:
-        file.write_bytes(content)
-    with pytest.raises(BadInput, match=rf"file\.bin line 1: .*this is {form}, not JSONL") as error:
-        data.load_traces(file, tokenizer)
-    new = convert(error, tmp_path, monkeypatch)
-    record, = (record for _, record in data.read_jsonl(new))
-    assert expected | record == record and record["id"] == 3
-    data.load_traces(new, tokenizer)
+    assert len(data.load_traces(file, tokenizer, need_logprobs=True)[0]) == 2
 
 
 # ------------------------------------------------------------------------------------ SentencePiece
@@ -432,7 +321,7 @@ def test_no_word_mark_behind_a_prompt(tmp_path, legacy):
         assert example.tokens.tolist() == expected and expected[-1] == tokenizer.eot_id
     for first in ("The", "\u2581The"):
         ids = [tokenizer.vocab[first], tokenizer.vocab["\u2581is"], tokenizer.eot_id]
-        fields = data.trace_fields(ids, [-1.0] * 3, tokenizer, finished=True)
+        fields = sampled_fields(ids, [-1.0] * 3, tokenizer)
         assert fields["response"] == "The is" and ("tokens" in fields) == (first != "The")
         assert data.response_ids({"prompt": "?", **fields}, tokenizer, "t line 1") == ids
 
@@ -440,29 +329,18 @@ def test_no_word_mark_behind_a_prompt(tmp_path, legacy):
 # ----------------------------------------------------------------------------------- score and DASD
 
 
-def test_score_drops_what_nobody_trains_on(tokenizer, tmp_path, capsys):
-    """Guards teacher's time spent on wrong and unfinished traces, and dropping them in silence. The
-    sampled ids are scored, not those of the text; numbers that are there are replaced."""
+def test_score_takes_the_sampled_ids(tokenizer, tmp_path):
+    """Guards scores of the text's tokens where others were sampled. Old numbers are replaced."""
     make_hf(tmp_path / "student", "qwen2", vocab_size=tokenizer.vocab_size)
-    teacher, _ = data.load(tmp_path / "student")
     ids = sampled(tokenizer, "other tokens for the text")
-    fields = data.trace_fields(ids, [-9999.0] * len(ids), tokenizer, finished=True)
-    good = {"id": 0, "prompt": "?", **fields}
-    data.write_jsonl(tmp_path / "in.jsonl", [
-        {"id": 1, "prompt": "?", "response": TEXT, "correct": False}, good,
-        {"id": 2, "prompt": "?", "response": TEXT, "finished": False, "correct": False},
-        {"id": 3, "prompt": "?", "response": TEXT, "correct": True}])
+    fields = sampled_fields(ids, [-9999.0] * len(ids), tokenizer)
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": "?", **fields}])
     data.main(["score", "--traces", str(tmp_path / "in.jsonl"), "--teacher",
                str(tmp_path / "student"), "--out", str(tmp_path / "out.jsonl")])
-    printed = capsys.readouterr().out
-    assert "2 traces scored; dropped: {'wrong': 1, 'unfinished': 1}" in printed
-    records = [record for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
-    assert [record["id"] for record in records] == [0, 3] and records[0]["tokens"] == ids
-    examples, _ = data.load_traces(tmp_path / "out.jsonl", tokenizer, teacher=True)
-    assert examples[0].tokens[examples[0].prompt_length:].tolist() == ids
-    for example in examples:
-        logp, = data.response_logp(teacher, [example])
-        assert np.abs(example.teacher_logp - logp).max() < 2e-4
+    (example,), _ = data.load_traces(tmp_path / "out.jsonl", tokenizer, need_logprobs=True)
+    assert example.tokens[example.prompt_length:].tolist() == ids
+    logp, = data.response_logp(data.load(tmp_path / "student")[0], [example])
+    assert np.abs(example.teacher_logp - logp).max() < 2e-4
 
 
 def test_sentences(tokenizer):
@@ -521,8 +399,8 @@ def test_select(tokenizer, tmp_path, capsys):
     kept = [record for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
     assert kept == [records[i] for i in (2, 3, 6, 7)]
     printed = capsys.readouterr().out
-    assert "kept 4 of 8 traces; dropped: {'wrong': 1, 'unfinished': 1, 'with" in printed
-    assert "null or -9999': 2}" in printed
+    assert "8 traces; dropped: {'wrong': 1, 'unfinished': 1, 'with a log-prob" in printed
+    assert "null or -9999': 2}\n" in printed and "out.jsonl: kept 4 of 8 traces\n" in printed
     for share, ids in (("0.25", [3, 7]), ("0.3", [2, 3, 7]), ("1", range(8))):
         data.main([*command, "--keep", share])
         kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]

@@ -3,11 +3,10 @@
 One table: medians of the ratio over alternating rounds, and their spread. The same random weights
 on both sides; a Qwen2 of Qwen2.5's vocabulary, narrow enough for a CPU, the real 0.5B and 1.5B
 shapes on a GPU (--shape). Not a test; --rounds 5 takes about ten minutes on two cores, five on a
-GPU. The rows `options` and `loop` compare with and without --compile and --recompute.
+GPU.
 """
 
 import argparse
-import contextlib
 import copy
 import gc
 import json
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
-import evaluate
 import train
 from model import KVCache, Transformer
 
@@ -75,8 +72,6 @@ class Bench:
     def ours(self) -> Transformer:
         model = Transformer.from_pretrained(self.folder, torch.float32, self.args.device)
         model.vocab_size = V
-        if self.args.device == "cuda":
-            model.decode = data.replay_step
         return model
 
     def theirs(self):
@@ -231,49 +226,6 @@ def objectives(bench: Bench) -> None:
                   {"SFT": bench.our_step(ours, examples)})
 
 
-def options(bench: Bench) -> None:
-    """A step with --recompute and --compile, at the largest batch; its peak memory on a GPU."""
-    examples = bench.examples(False, bench.args.large)
-    tokens = sum(len(example.tokens) for example in examples)
-    peak, _ = bench.peaks()
-    plain = bench.our_step(bench.ours(), examples)
-    for name in ("", "--recompute", "--compile", "--compile --recompute"):
-        model = bench.ours()
-        if "recompute" in name:
-            model.block_forward = train.recompute_block
-        if "compile" in name:
-            for block in model.model.layers:
-                block.compile()
-        step = bench.our_step(model, examples)
-        step()
-        if bench.args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            name += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB)"
-        bench.row(f"step {name}", tokens, "tok/s", step, {"a plain step": plain},
-                  bench.flops(examples) / peak)
-        del model, step
-
-
-def loop(bench: Bench) -> None:
-    """train.py itself on ragged traces: tokens a second at its first and at its last log line."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        traces = [{"prompt": " ".join(map(str, rng.integers(0, V - 1, a - 1))), "response":
-                   " ".join(map(str, rng.integers(0, V - 1, b - 1)))} for a, b in LENGTHS * 10]
-        data.write_jsonl(f"{folder}/traces.jsonl", traces)
-        for name in bench.args.loop:
-            command = ["--student", str(bench.folder), "--traces", f"{folder}/traces.jsonl",
-                       "--out", f"{folder}/out{name}", "--objective", "sft", "--log-every", "5",
-                       "--dtype", bench.args.dtype, "--device", bench.args.device,
-                       "--steps", "40" if bench.args.device == "cuda" else "10", *name.split()]
-            with contextlib.redirect_stdout(None):
-                train.train(train.parse_args(command))
-            log = [line for _, line in data.read_jsonl(f"{folder}/out{name}/log.jsonl")]
-            print(f"| train.py {name} | {log[0]['tok/s']:,} supervised tok/s at first, "
-                  f"{log[-1]['tok/s']:,} at last; {log[-1]['gb']:.1f} GB | | |", flush=True)
-
-
 def generation(bench: Bench) -> None:
     ours, theirs = bench.ours().to(bench.dtype), bench.theirs().to(bench.dtype)
     ours.eos_token_ids, new = [], bench.args.new_tokens
@@ -347,75 +299,8 @@ def child(bench: Bench, what: str) -> None:
     print(peak() - before)
 
 
-def growth(bench: Bench) -> None:
-    """Cost a token and memory a trace over the number of traces, in a small world."""
-    with tempfile.TemporaryDirectory() as folder:
-        data.build_toy(Path(folder), 0)
-        home = Path(folder, "seed0")
-        model, tokenizer = data.load(home / "blank-student")
-        lines = (home / "lessons.jsonl").read_text().splitlines()
-        for count in (2000, 8000, 32000):
-            file = Path(folder, f"{count}.jsonl")
-            file.write_text("\n".join((lines * 4)[:count]))
-            begin = time.perf_counter()
-            examples, _ = data.load_traces(file, tokenizer, 64)
-            reading = time.perf_counter() - begin
-            begin = time.perf_counter()
-            for step in range(50):
-                for micro_batch in data.step_examples(examples, step, 64, 1, 0):
-                    data.collate(micro_batch)
-            batches = time.perf_counter() - begin
-            begin = time.perf_counter()
-            found = data.response_logp(model, examples, 64)
-            scoring = time.perf_counter() - begin
-            stored = [json.dumps(data.round_logp(values), separators=(",", ":"))
-                      for values in found]
-            held = []
-            for _ in range(2):  # tables of Python itself grow now and then
-                tracemalloc.start()
-                kept = data.load_traces(file, tokenizer, 64)
-                gc.collect()
-                held.append(tracemalloc.get_traced_memory()[0] / len(kept[0]))
-                tracemalloc.stop()
-            problems = [{"id": i, **json.loads(line)} for i, line in enumerate(lines[:count // 4])]
-            begin = time.perf_counter()
-            answers = list(evaluate.generate_answers(model, tokenizer, problems,
-                                                     max_new_tokens=12, batch_size=250))
-            sampling = time.perf_counter() - begin
-            print(f"| {count} toy traces: reading, a batch of 64, scoring, sampling | "
-                  f"{reading / count * 1e6:.0f} us a trace, {batches / 50 * 1e3:.2f} ms, "
-                  f"{scoring / count * 1e6:.0f} us a trace, {len(answers) / sampling:.0f} answers "
-                  f"a second; {min(held):.0f} bytes of memory a trace, "
-                  f"{sum(map(len, stored)) / sum(map(len, found)):.1f} bytes a stored token | | |",
-                  flush=True)
-
-
-def profiles(bench: Bench) -> None:
-    """Where the time goes: the operations that take most of it, in a step and in generation."""
-    ours, examples = bench.ours(), bench.examples(True)
-    prompts = [example.tokens[:example.prompt_length].tolist() for example in examples]
-    writer = bench.ours().to(bench.dtype)
-    writer.eos_token_ids = []
-    for name, work in (("training step, ragged", bench.our_step(ours, examples)),
-                       ("generate, batch 1", lambda: writer.generate(prompts[:1], 32)),
-                       (f"generate, batch {len(prompts)}", lambda: writer.generate(prompts, 32))):
-        work()
-        with torch.profiler.profile() as found:
-            work()
-        gpu = bench.args.device == "cuda"
-        events = [(e.self_device_time_total if gpu else e.self_cpu_time_total, e.key[:60])
-                  for e in found.key_averages()
-                  if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
-        total = sum(time for time, _ in events)
-        top = sorted(events, reverse=True)[:12 if gpu else 7]
-        print(f"| where the time goes, {name} | " + ", ".join(
-            f"{key.removeprefix('aten::')} {time / total:.0%}" for time, key in top) + " | | |",
-            flush=True)
-
-
 ROWS = {"training": training, "objectives": objectives, "generation": generation,
-        "loading": loading, "memory": memory, "growth": growth, "profiles": profiles,
-        "options": options, "loop": loop}
+        "loading": loading, "memory": memory}
 
 
 def main() -> None:
@@ -429,7 +314,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8 if gpu else 4)
     parser.add_argument("--large", type=int, default=64 if gpu else 0, help="of a second batch")
     parser.add_argument("--length", type=int, default=512 if gpu else 256)
-    parser.add_argument("--loop", nargs="*", default=["", "--recompute", "--compile"])
     parser.add_argument("--new-tokens", type=int, default=256 if gpu else 128)
     parser.add_argument("--generate", type=int, nargs="*", default=[1, 32, 256] if gpu else [1, 32])
     parser.add_argument("--no-trl", dest="trl", action="store_false")

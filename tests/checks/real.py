@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> bool:
         convert(args.gguf, folder, args.tokenizer)
     _, tokenizer = data.load(folder)
     problems = evaluate.load_problems(args.benchmark, "box")
-    prompts = evaluate.encode_problems(problems[:8], tokenizer)
+    prompts = [evaluate.encode_problem(problem, tokenizer) for problem in problems[:8]]
     compare_logits(folder, prompts)
     compare_greedy(folder, prompts, 128)
     compare_loading(folder)

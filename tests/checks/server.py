@@ -157,11 +157,12 @@ def main(argv: list[str] | None = None) -> dict:
     data.write_jsonl(out / "plain.jsonl", ungraded(records))
     model, tokenizer = data.load(args.teacher)
     kept: list[dict] = []
-    examples, dropped = data.load_traces(out / "plain.jsonl", tokenizer, teacher=True, records=kept)
+    examples, dropped = data.load_traces(out / "plain.jsonl", tokenizer, need_logprobs=True,
+                                         records=kept)
     ends = sum(int(example.tokens[-1]) in model.eos_token_ids for example in examples)
     data.main(["score", "--traces", str(out / "plain.jsonl"), "--teacher", args.teacher, "--out",
                str(out / "scored.jsonl"), "--dtype", "float32", "--device", "cpu"])
-    scored, _ = data.load_traces(out / "scored.jsonl", tokenizer, teacher=True)
+    scored, _ = data.load_traces(out / "scored.jsonl", tokenizer, need_logprobs=True)
     gap = np.concatenate([theirs.teacher_logp - ours.teacher_logp
                           for theirs, ours in zip(examples, scored, strict=True)])
     train.train(train.parse_args([

@@ -24,7 +24,6 @@ from server import ungraded
 
 import data
 import evaluate
-import loss
 import train
 from model import check, read_json
 
@@ -32,12 +31,6 @@ HOME = Path(__file__).parents[2]
 NEEDS_TEACHER = {"kl", "rkl"}
 COLUMNS = ["run", "lr", "greedy", "- SFT", "avg@4", "- SFT ", "ExAccErr, %", "tokens", "steps",
            "sec.", "GB"]
-
-
-def dft(argv: list[str]) -> None:
-    """DFT (arXiv 2508.05629), the objective of exercise 7, in the place of plain SFT."""
-    loss.OBJECTIVES["sft"] = lambda q, y, p, beta: loss.sft(q, y) * (-loss.sft(q, y).detach()).exp()
-    train.train(train.parse_args(argv))
 
 
 def run(log: Path, *words: object) -> str:
@@ -75,12 +68,8 @@ class Study:
         return evaluate.read_answers(out)
 
     def train(self, name: str, student: object, traces: Path, out: Path, *more: object) -> dict:
-        """`name` may be dft, which train.py does not know."""
-        script = ["train.py"]
-        if name == "dft":
-            script, name = ["tests/study/gsm8k.py", "dft"], "sft"
         teacher = ["--teacher", self.args.teacher] if name in NEEDS_TEACHER else []
-        run(self.log, *script, "--student", student, "--traces", traces, "--out", out, "--seed",
+        run(self.log, "train.py", "--student", student, "--traces", traces, "--out", out, "--seed",
             self.args.seed, "--objective", name, "--resume", *self.more, *teacher, *more)
         return read_json(out / "run.json")
 
@@ -214,7 +203,7 @@ def cut(model: str, layers: int, out: Path) -> Path:
 
 def main(argv: list[str]) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, positive = parser.add_argument, data.number(int, 1)
+    add, positive = parser.add_argument, data.bounded(int, 1)
     add("--teacher", default="Qwen/Qwen2.5-1.5B-Instruct")
     add("--student", default="Qwen/Qwen2.5-0.5B")
     add("--layers", type=positive, help="the student is only the first layers of --student")
@@ -226,7 +215,7 @@ def main(argv: list[str]) -> list[dict]:
     add("--samples", type=positive, default=4, help="of the teacher for each problem")
     add("--temperature", default="1", help="of the teacher (default: 1)")
     add("--keep-wrong", action="store_true", help="train on wrong answers, too: a try-out")
-    add("--warm-up", type=data.number(int, 0), default=0, help="steps of SFT before all others")
+    add("--warm-up", type=data.bounded(int, 0), default=0, help="steps of SFT before all others")
     add("--warm-up-lr", default="1e-5")
     add("--objectives", nargs="+", default=["sft", "dft", "kl", "rkl", "discord"])
     add("--rates", nargs="+", default=["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"])
@@ -269,7 +258,4 @@ def main(argv: list[str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["dft"]:
-        data.run_command(lambda: dft(sys.argv[2:]))
-    else:
-        data.run_command(lambda: main(sys.argv[1:]))
+    data.run_command(lambda: main(sys.argv[1:]), "the same command continues")

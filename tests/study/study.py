@@ -3,7 +3,8 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures.
+two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures. Another one,
+`steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ import data
 import evaluate
 import loss
 import train
+from model import check, read_json
 
 ROOT = Path("runs/study")
 COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
@@ -40,11 +42,7 @@ WAYS = "=:~>"  # four right ways to write a value: b=6 b:6 b~6 b>6
 TEACHER_SHARES = 0.4, 0.3, 0.2, 0.1
 STUDENT_SHARES = 0.7, 0.1, 0.1, 0.1
 
-# ---- Weights in place of loss.discord_weight. They get log q(y), log p(y) and tau.
-def dft(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
-    """The student's own probability (arXiv 2508.05629)."""
-    return q_logp.detach().exp()
-
+# ---- Weights of the softmax table. They get log q(y), log p(y) and tau.
 def clipped_ratio(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
     """min(1, q / p)."""
     log_ratio = q_logp.detach() - p_logp
@@ -52,7 +50,7 @@ def clipped_ratio(q_logp: Tensor, p_logp: Tensor, tau: float) -> Tensor:
 
 WEIGHTS: dict[str, Callable] = {
     "discord": loss.discord_weight,
-    "dft": dft,
+    "dft": loss.dft_weight,
     "clipped": clipped_ratio,
 }
 
@@ -91,7 +89,7 @@ class World:
         rng = random.Random(str(file.relative_to(ROOT)))
         records = []
         for i in range(count):
-            record = data.toy_trace(rng, times, skip)
+            record = train.toy_trace(rng, times, skip)
             *words, _, answer = record["response"].split()
             if self.ways:
                 chosen = rng.choices(WAYS, shares, k=len(words))
@@ -102,13 +100,13 @@ class World:
             records.append({"id": i, **record, "response": " ".join(words)})
         data.write_jsonl(file, records)
 
-    def save_tokenizer(self, folder: Path, save: Callable = data.save_toy_tokenizer) -> int:
+    def save_tokenizer(self, folder: Path, save: Callable = train.save_toy_tokenizer) -> int:
         """The toy's, with a token for each way to write a value."""
         size = save(folder)
         file = folder / "tokenizer.json"
         raw = json.loads(file.read_text())
         for way in WAYS[1:] if self.ways else "":
-            for letter in data.LETTERS:
+            for letter in train.LETTERS:
                 for digit in range(10):
                     raw["model"]["vocab"][f"{letter}{way}{digit}"] = size
                     size += 1
@@ -116,8 +114,8 @@ class World:
         return size
 
     def save_model(self, folder: Path, layers: int, width: int, seed: int) -> None:
-        data.save_toy_tokenizer = self.save_tokenizer
-        data.save_toy_model(folder, layers, width, seed)
+        train.save_toy_tokenizer = self.save_tokenizer
+        train.save_toy_model(folder, layers, width, seed)
 
     def prepare_teacher(self) -> None:
         home = self.teacher.parent
@@ -147,8 +145,16 @@ class World:
                f"--temperature 1 --seed {seed}")
 
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
+    """A finished run is read, whatever was edited since. To make it again, remove its folder."""
     command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
-    return train.train(train.parse_args(command.split()))
+    args = train.parse_args(command.split())
+    if not train.is_finished(out):
+        return train.train(args)
+    run = read_json(out / "run.json")
+    for key in ("student", "traces", "steps", "lr", "tau", "seed"):
+        was, now = run["options"][key], vars(args)[key]
+        check(was == now, f"{out}: {key} was {was}, is now {now}; remove the folder")
+    return run
 
 def answer(model: Path, problems: Path, out: Path, options: str) -> list[dict]:
     command = f"accuracy --model {model} --benchmark {problems} --out {out} {ANSWER} {options}"
@@ -185,12 +191,12 @@ def measure(world: World, model: Path, problems: str = "held-out", samples: int 
     return found
 
 # ---- Runs
-Stages = tuple[tuple[str, str], ...]
+Stages = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """A student's training in stages: options of train.py and a key of WEIGHTS. Without a
-    stage, the student before."""
+    """A student's training in stages, each with an objective and options of train.py. Without
+    a stage, the student before."""
     world: World
     seed: int
     label: str
@@ -201,8 +207,7 @@ class Run:
     def do(self) -> dict:
         home = self.world.home(self.seed)
         model, row = home / "student", {}
-        for i, (options, weight) in enumerate(self.stages):
-            loss.discord_weight = WEIGHTS[weight]
+        for i, options in enumerate(self.stages):
             if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
             folder = home / self.label.replace(" ", "-") / f"{i}"
@@ -282,19 +287,18 @@ def show(runs: list[Run], *keys: str) -> None:
 TOY = World()
 FOUR_WAYS = World(ways=True, lessons=600)  # so that the student is as good as in the toy
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
-METHODS = {  # name: (options, weight)
-    "SFT": ("sft", "discord"),
-    "KL": ("kl", "discord"),
-    "reverse KL": ("rkl", "discord"),
-    "DFT": ("discord", "dft"),
-    "DisCorD": ("discord", "discord"),
-    "DisCorD, τ = 1": ("discord --tau 1", "discord"),
+METHODS = {
+    "SFT": "sft",
+    "KL": "kl",
+    "reverse KL": "rkl",
+    "DFT": "dft",
+    "DisCorD": "discord",
+    "DisCorD, τ = 1": "discord --tau 1",
 }
 
 def method_run(world: World, name: str, lr: float, seed: int, problems: str = "held-out",
                samples: int = 8) -> Run:
-    options, weight = METHODS[name]
-    stages = ((f"{options} --lr {lr:g} --steps 800", weight),)
+    stages = (f"{METHODS[name]} --lr {lr:g} --steps 800",)
     return Run(world, seed, f"{name} {lr:g}", stages, problems, samples)
 
 def rate_runs() -> list[Run]:
@@ -332,9 +336,8 @@ def times(rounds: int = 3) -> None:
     """Every method in turn, on one core; its time over SFT's in the same round."""
     ratios: dict[str, list[float]] = {name: [] for name in METHODS}
     for i in range(rounds):
-        for name, (options, weight) in METHODS.items():
-            stages = ((f"{options} --steps 200", weight),)
-            run = Run(TOY, 0, f"{name}, round {i}", stages, "validation")
+        for name, options in METHODS.items():
+            run = Run(TOY, 0, f"{name}, round {i}", (f"{options} --steps 200",), "validation")
             seconds = work((Run.do, run))["seconds"]
             if name == "SFT":
                 of_sft = seconds
@@ -379,15 +382,14 @@ def shares() -> None:
     print_table(["from", *map(str, STARTS)], lines)
 
 # ---- tau, capacity, dead, far
-SFT = (("sft --lr 3e-2 --steps 800", "discord"),)
-DISCORD = (("discord --lr 1e-3 --steps 800", "discord"),)
+SFT = ("sft --lr 3e-2 --steps 800",)
+DISCORD = ("discord --lr 1e-3 --steps 800",)
 TAUS = 0.3, 0.5, 0.7, 1.0, 2.0
 ACCURACY = "greedy", "sampled"
 LOG = "weight", "ess", "first", "worst", "last"  # first line's; unweighted losses
 
 def sft_first(steps: int, lr: float) -> Stages:
-    return ((f"sft --lr {lr:g} --steps {steps}", "discord"),
-            (f"discord --lr 1e-3 --steps {800 - steps}", "discord"))
+    return f"sft --lr {lr:g} --steps {steps}", f"discord --lr 1e-3 --steps {800 - steps}"
 
 def runs_in(worlds: list[World], stages: dict[str, Stages], seeds: int) -> list[Run]:
     runs = []
@@ -399,12 +401,12 @@ def runs_in(worlds: list[World], stages: dict[str, Stages], seeds: int) -> list[
 def tau_runs() -> list[Run]:
     stages = {}
     for tau in TAUS:
-        stages[f"tau {tau:g}"] = ((f"discord --lr 1e-3 --steps 800 --tau {tau}", "discord"),)
+        stages[f"tau {tau:g}"] = (f"discord --lr 1e-3 --steps 800 --tau {tau}",)
     return runs_in([TOY], stages, 5)
 
 def prefix_runs() -> list[Run]:
     """The traces of the problems by the rule: the teacher's four ways, without a skip."""
-    no_skips = (("sft --lr 1e-3 --steps 800 --traces {home}/problems.jsonl", "discord"),)
+    no_skips = ("sft --lr 1e-3 --steps 800 --traces {home}/problems.jsonl",)
     return runs_in([TOY, FOUR_WAYS], {"SFT without skips": no_skips, "DisCorD": DISCORD}, 3)
 
 def capacity_runs() -> list[Run]:
@@ -425,12 +427,35 @@ def far_runs() -> list[Run]:
     """The last student is the teacher's first layer; the others had few lessons."""
     stages = {"SFT": SFT, "DisCorD": DISCORD}
     for change in ("--lr 1e-2", "--tau 2"):
-        stages[f"DisCorD {change}"] = ((f"discord --lr 1e-3 --steps 800 {change}", "discord"),)
+        stages[f"DisCorD {change}"] = (f"discord --lr 1e-3 --steps 800 {change}",)
     for steps in (100, 200, 400):
         stages[f"SFT {steps}, then DisCorD"] = sft_first(steps, 3e-2)
     worlds = [World(lessons=n) for n in (25, 100, 300)]
     worlds.append(World(cut=True))
     return runs_in(worlds, stages, 3)
+
+# ---- steps: what a student of the toy does
+def count_steps(folder: Path) -> dict[str, float]:
+    """For greedy answers to the held-out problems of the toy: the share of right values after each
+    operation, given the last value that the student wrote; of those after a skipped value (merged);
+    and the share of skipped values."""
+    model, tokenizer = data.load(folder)
+    problems = evaluate.load_problems(folder.parents[1] / "held-out.jsonl")
+    right, written = Counter(), Counter()
+    for record in evaluate.generate_answers(model, tokenizer, problems, max_new_tokens=64,
+                                            batch_size=500):
+        first, *operations = record["prompt"].split()
+        values = dict(word.split("=") for word in record["response"].split() if "=" in word)
+        value, steps = int(first), 0  # right after the last value written, and steps since then
+        for letter, sign, k in operations:
+            value, steps = train.SIGNS[sign](value, int(k)) % 10, steps + 1
+            if letter in values:
+                kind = sign if steps == 1 else "merged"
+                written[kind] += 1
+                right[kind] += value == int(values[letter])
+                value, steps = int(values[letter]), 0
+    found = {kind: right[kind] / max(written[kind], 1) for kind in ("+", "-", "*", "merged")}
+    return found | {"skipped": 1 - written.total() / (6 * len(problems))}
 
 # ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
 FIGURES = Path(__file__).parent / "figures"
@@ -516,6 +541,10 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or PARTS:
-        print(f"\n## {part}\n", flush=True)
-        PARTS[part]()
+    if sys.argv[1:2] == ["steps"]:
+        for name in sys.argv[2:]:
+            print(f"{name}:", *(f" {kind} {x:.3f}" for kind, x in count_steps(Path(name)).items()))
+    else:
+        for part in sys.argv[1:] or PARTS:
+            print(f"\n## {part}\n", flush=True)
+            PARTS[part]()
