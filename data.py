@@ -148,8 +148,10 @@ TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "pro
                 "teacher_logprobs", "vocab", "finished", "correct", "teacher",
                 "temperature", "sample", "rendered", "extracted", "setup"}
 # Fields that hold a part of a trace or of a turn, and that nothing here reads.
-UNSUPPORTED_FIELDS = ["reasoning_content", "reasoning", "thinking", "tools", "tool_calls",
-                      "functions", "function_call"]
+TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
+UNSUPPORTED_FIELDS = {
+    "reasoning_content": TO_TEXT, "reasoning": TO_TEXT, "thinking": TO_TEXT,
+    **dict.fromkeys(["tools", "tool_calls", "functions", "function_call"], "remove it")}
 
 def text_field(record: dict, where: str, *names: str) -> str:
     """The first of these fields that the record has. It must be text, and not empty."""
@@ -168,10 +170,9 @@ def get_messages(record: dict, where: str) -> list:
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
     for fields in [record, *turns]:
-        for name in UNSUPPORTED_FIELDS:
+        for name, advice in UNSUPPORTED_FIELDS.items():
             lost = isinstance(fields, dict) and fields.get(name)
-            check(not lost, f"{where}: {name} would be lost; put it into the text, as in "
-                  r'"<think>\n" + thinking + "\n</think>\n\n" + answer')
+            check(not lost, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
         texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
         check(texts and all(isinstance(text, str) for text in texts),

@@ -382,6 +382,9 @@ def read_json(file: Path) -> dict:
 def model_folder(path_or_repo: str | Path) -> Path:
     """A folder as it is, or the Hub's "org/name", downloaded once into the Hub's cache."""
     path = Path(path_or_repo)
+    gguf = "gguf" in path.name.lower() or any(path.glob("*.gguf"))
+    check(not gguf or (path / "config.json").exists(),
+          f"{path}: GGUF is llama.cpp's format; give the folder it was made from")
     if path.is_dir():
         return path
     files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]
