@@ -108,6 +108,11 @@ class Tokenizer:
         text = self.apply_chat_template(messages, where)
         return self.encode(text, bos=self.template is None)  # a template writes BOS itself
 
+    def knows(self, ids: object) -> bool:
+        """Is this a list of ids?"""
+        known = range(self.vocab_size)
+        return isinstance(ids, list) and all(type(i) is int and i in known for i in ids)
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return self.backend.encode(text, add_special_tokens=bos).ids
 
@@ -191,10 +196,10 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
     ids = record.get("tokens")
     if ids is None:
         return tokenizer.encode_response(response)
-    known = range(tokenizer.vocab_size)
     spelled = None
-    if isinstance(ids, list) and all(type(i) is int and i in known for i in ids):
-        body = ids if record.get("finished") is False else ids[:-1]
+    if tokenizer.knows(ids):
+        finished = record.get("finished") in (None, True)
+        body = ids[:-1] if finished else ids
         spelled = tokenizer.backend.decode(body, skip_special_tokens=False)
     check(ids and spelled == re.sub(tokenizer.ends, "", response),
           f"{where}: tokens do not spell the response and its end of turn; of another "

@@ -125,9 +125,8 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
 def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
     """Prompt as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
     where, prefix = f"problem {problem['id']}", problem.get("prefix", [])
-    known = range(tokenizer.vocab_size)
-    check(isinstance(prefix, list) and all(i in known for i in prefix), f"{where}: prefix: "
-          f"not ids of the tokenizer in {tokenizer.folder}")
+    check(tokenizer.knows(prefix), f"{where}: prefix: not ids of the tokenizer in "
+          f"{tokenizer.folder}")
     return tokenizer.encode_prompt(data.get_messages(problem, where), where) + prefix
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
@@ -232,10 +231,12 @@ def warn_ignored_generation_config(folder: Path) -> None:
     """transformers and vLLM decode by generation_config.json, greedily, too. We do not."""
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
+    ignored = []
     for key in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p"):
-        value = config.get(key)
-        if value not in (None, 0, 1):
-            print(f"{file}: {key}={value}: not applied here, unlike in transformers, vLLM")
+        if config.get(key) not in (None, 0, 1):
+            ignored.append(f"{key}={config[key]}")
+    if ignored:
+        print(f"{file}: not applied here, unlike in transformers and vLLM:", *ignored)
 
 def accuracy(args: argparse.Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
@@ -257,17 +258,20 @@ def accuracy(args: argparse.Namespace) -> None:
     name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
     out = Path(args.out or folder / name)
     part = Path(f"{out}.part")
-    file, records = out if out.exists() else part, []
-    if file.exists():
-        check(args.resume, f"{file}: holds an evaluation; add --resume to continue or to "
-              "print it, or remove the file")
-        data.cut_half_line(file)
-        records = [record for _, record in data.read_jsonl(file)]
+    for file in (part, out):
+        check(args.resume or not file.exists(), f"{file}: holds an evaluation; add "
+              "--resume to continue or to print it, or remove the file")
+    if part.exists():
+        data.cut_half_line(part)
+    finished = out.exists() and not part.exists()
+    file = out if finished else part
+    records = [record for _, record in data.read_jsonl(file)] if file.exists() else []
     for record in records:
-        data.check_same_settings(file, record.get("setup", {}), setup)
+        check("setup" in record, f"{file}: expected a file that `accuracy` wrote")
+        data.check_same_settings(file, record["setup"], setup)
     if edited_since(records):
         print(f"{file}: {edited_since(records)} changed since these answers were written")
-    if not out.exists():
+    if not finished:
         model, tokenizer = data.load(args.model, setup["dtype"], args.device)
         warn_ignored_generation_config(model.folder)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +286,7 @@ def accuracy(args: argparse.Namespace) -> None:
             return order[str(record["id"])], record["sample"]
         records.sort(key=place)
         data.write_jsonl(out, records)
-    part.unlink(missing_ok=True)
+        part.unlink()
     wanted = len(problems) * args.samples
     check(len(records) == wanted, f"{out}: {len(records)} answers instead of {wanted}")
     print(f"{summary_line(records)}\n  {out}")

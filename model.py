@@ -39,8 +39,11 @@ LLAMA3_ROPE = ["factor", "low_freq_factor", "high_freq_factor",
 class Config(SimpleNamespace):
     """config.json as attributes. Whatever is not implemented raises, naming the key."""
     def __init__(self, raw: dict, source: str | Path = "config.json"):
-        rope = {**(raw.get("rope_scaling") or {}),  # transformers 4
-                **(raw.get("rope_parameters") or {})}  # transformers 5
+        rope = {}
+        for key in ("rope_scaling", "rope_parameters"):  # of transformers 4, and of 5
+            value = raw.get(key) or {}
+            check(isinstance(value, dict), f"{source}: {key}: not an object")
+            rope |= value
         given = {**raw, "rope_type": rope.get("type"), **rope}  # "type" is the older name
         given = {key: value for key, value in given.items() if value is not None}
 

@@ -199,7 +199,8 @@ def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
     print(f"  a step   {size} traces, about {tokens / len(examples) * size:,.0f} tokens; "
           f"in all {args.steps * size / len(examples):.1f} epochs")
     if size > len(examples):
-        print("  warning: more than all traces; lower --batch-size or --grad-accum")
+        print(f"  warning: a step holds each trace {size / len(examples):.1f} times; lower "
+              "--batch-size or --grad-accum")
     print("  sample  ", run["sample"])
 
 def collapse_warnings(line: dict, start: float) -> dict[str, str]:
@@ -228,25 +229,26 @@ def load_run(args: argparse.Namespace) -> dict:
     A run keeps its dtype when it continues on another device."""
     out = Path(args.out)
     file = out / "run.json"
+    run = read_json(file) if file.exists() else {}
+    args.dtype = args.dtype or run.get("options", {}).get("dtype")
+    args.dtype = data.compute_dtype(args)
     options = dict(vars(args))
     for name in ("resume", "out", "device"):
         del options[name]
     with open(args.traces, "rb") as traces:
         options["traces_sha256"] = hashlib.file_digest(traces, "sha256").hexdigest()
-    if not file.exists():
+    if not run:
         check(all(path.suffix == ".tmp" for path in out.glob("*")), f"{out}: not empty, "
               "but no run of train.py; choose another --out")
-        return {"options": options, "dtype": data.compute_dtype(args), "code": data.CODE}
+        return {"options": options, "code": data.CODE}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or "
           "choose another --out")
-    run = read_json(file)
     data.check_same_settings(file, run.get("options", {}), options)
     names = data.edited(run.get("code", {}), *TRAINING_CODE)
     check(not names or "seconds" not in run, f"{out}: finished, but {names} changed since: "
           "to train again, choose another --out or remove the folder")
     if names:
         print(f"{out}: {names} changed since this run began")
-    args.dtype = run["dtype"]
     return run
 
 def remove_checkpoints(out: Path, keep: Path | None = None) -> None:
@@ -299,7 +301,8 @@ def train(args: argparse.Namespace) -> dict:
 
     # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
     _, weight = loss.OBJECTIVES[args.objective]
-    need_logprobs = weight not in (None, loss.dft_weight) and teacher is None
+    has_ratio = weight not in (None, loss.dft_weight)
+    need_logprobs = has_ratio and teacher is None
     max_length = min(args.max_length, student.config.max_position_embeddings)
     examples, dropped = data.load_traces(args.traces, tokenizer, max_length, need_logprobs)
     traces_per_step = args.batch_size * args.grad_accum
@@ -337,6 +340,7 @@ def train(args: argparse.Namespace) -> dict:
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
     pending = []  # the sums of the steps since the last log line
+    printed = 0  # lines
     warned, first_loss = set(), lines[0]["unweighted"] if lines else None
     progress = tqdm(range(first, args.steps), "training", disable=None)
     for step in progress:
@@ -378,14 +382,14 @@ def train(args: argparse.Namespace) -> dict:
             "seconds": round(seconds_before + now - begin),
         }
         data.write_lines(log, [line], "a")
-        if len(lines) % 20 == 0:
+        if printed % 20 == 0:
             progress.write(" ".join(f"{key:>9}" for key in line), sys.stdout)
         columns = [f"{value:9}" if isinstance(value, int) else f"{value:9.4g}"
                    for value in line.values()]
         progress.write(" ".join(columns), sys.stdout)
-        lines.append(line)
+        printed += 1
         for sign, warning in collapse_warnings(line, first_loss).items():
-            if weight and sign not in warned:
+            if has_ratio and sign not in warned:
                 progress.write(f"warning: {warning}", sys.stdout)
                 warned.add(sign)
         if save:

@@ -246,7 +246,7 @@ def test_answers_of_other_code_are_noted(toy_model, benchmark, tmp_path, capsys)
         record["setup"]["code"] |= {"evaluate.py": "other", "data.py": "other", "train.py": "other"}
     data.write_jsonl(out, records)
     run(*words, "--resume")
-    said = f"{out}: data.py and evaluate.py changed since these answers were written\n"
+    said = f"{out}: data.py, evaluate.py changed since these answers were written\n"
     assert capsys.readouterr().out == said + whole
     assert evaluate.read_answers(out) == records
 

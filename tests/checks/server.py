@@ -35,7 +35,7 @@ HOME = Path(__file__).parents[2]
 
 def code_block(first_line: str) -> str:
     """The indented block of the README that begins with this line."""
-    readme = (HOME / "README.md").read_text(encoding="utf-8")
+    readme = (HOME / "tests/checks/README.md").read_text(encoding="utf-8")
     lines = []
     for line in readme[readme.index(f"    {first_line}"):].splitlines():
         if line and not line.startswith("    "):
@@ -124,7 +124,7 @@ def served_traces(args: argparse.Namespace, problems: list[dict]) -> tuple[str, 
     with contextlib.chdir(out):
         exec(readme_lines(not args.offline),  # noqa: S102
              {"given": problems, "outputs": outputs, "replies": replies})
-    return name, [record for _, record in data.read_jsonl(out / "served.jsonl")]
+    return name, [record for _, record in data.read_jsonl(out / "runs/served.jsonl")]
 
 
 def ungraded(records: list[dict]) -> list[dict]:
