@@ -179,8 +179,8 @@ def get_messages(record: dict, where: str) -> list:
             lost = isinstance(fields, dict) and fields.get(name)
             check(not lost, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
-        texts = isinstance(turn, dict) and [turn.get("role"), turn.get("content")]
-        check(texts and all(isinstance(text, str) for text in texts),
+        valid = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        check(valid and isinstance(turn.get("content"), str),
               f"{where}: messages: expected turns with role and content, both text")
     return turns
 
@@ -300,7 +300,8 @@ def step_examples(examples: list[Example], step: int, batch_size: int, grad_accu
     chosen = []
     for i in range(step * size, (step + 1) * size):
         epoch, position = divmod(i, len(examples))
-        chosen.append(examples[shuffled(len(examples), seed, epoch)[position]])
+        order = shuffled(len(examples), seed, epoch)
+        chosen.append(examples[order[position]])
     chosen.sort(key=lambda example: len(example.tokens))
     return [chosen[i:i + batch_size] for i in range(0, size, batch_size)]
 
@@ -406,7 +407,8 @@ def mix(args: argparse.Namespace) -> None:
     off or are 1.5 times as long as the teacher's become problems: the teacher completes a
     `prefix` that ends at a random point in the second half."""
     tokenizer, rng = Tokenizer(args.student), random.Random(args.seed)
-    traces, answers = list(read_jsonl(args.traces)), list(read_jsonl(args.answers))
+    traces = list(read_jsonl(args.traces))
+    answers = list(read_jsonl(args.answers))
     for where, record in traces + answers:
         check("id" in record, f"{where}: no id, so its problem is unknown")
     longest = Counter()  # problem: tokens of the teacher's longest right answer
@@ -416,15 +418,17 @@ def mix(args: argparse.Namespace) -> None:
             longest[name] = max(longest[name], len(ids))
     problems = []
     for where, record in answers:
-        ids, limit = [], int(1.5 * longest[str(record["id"])])
+        name, ids = str(record["id"]), []
+        limit = int(1.5 * longest[name])
         if record.get("response"):
             ids = response_ids(record, tokenizer, where)[:limit]
         cut_off = drop_reason(record, where) == "unfinished" or len(ids) == limit
         if ids and (cut_off or args.continue_all):
             if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
                 ids = ids[:-1]
-            problem = {key: record[key] for key in ("prompt", "messages") if key in record}
-            problem["id"] = f"{record['id']}/{record.get('sample', 0)}"
+            problem: dict = {"id": f"{name}/{record.get('sample', 0)}"}
+            for key in {"prompt", "messages"} & record.keys():
+                problem[key] = record[key]
             problem["answer"] = text_field(record, where, "answer")
             end = rng.randint(len(ids) // 2 + 1, len(ids))
             problem["prefix"] = ids[:end]
@@ -451,7 +455,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             add_model_options(add)
         if function is select:
-            add("--keep", type=bounded(float, 1e-9, 1), default=0.5, help="share of traces")
+            add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
+                help="share of the traces")
             add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",
                 help="regular expression between sentences")
     args = parser.parse_args(argv)

@@ -101,15 +101,17 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
     problems, unread = [], Counter()
     for where, record in data.read_jsonl(file):
         unread.update(record.keys() - known)
-        problem = {"id": record.get("id", where.rpartition(" ")[2])}
+        line = where.rpartition(" ")[2]
+        problem = {"id": record.get("id", line)}
         if "messages" in record:
             turns = [dict(turn) for turn in data.get_messages(record, where)]
             problem["messages"], last, key = turns, turns[-1], "content"
         else:
             problem["prompt"] = data.text_field(record, where, *QUESTIONS)
             last, key = problem, "prompt"
-        if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
-            last[key] += suffix
+        question = last[key]
+        if suffix and "\\boxed" not in question and not question.endswith(suffix):
+            last[key] = question + suffix
         problem["answer"] = gold_answer(record, where)
         if "prefix" in record:
             problem["prefix"] = record["prefix"]
@@ -139,21 +141,23 @@ def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: li
     done = done or set()
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
     jobs = []  # little padding, and the largest batch first
-    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    for i in order.tolist():
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for i in np.argsort(-lengths, kind="stable").tolist():
         jobs += [(i, k) for k in range(samples)]
     starts = range(0, len(jobs), batch_size)
     for start in data.progress(starts, "answering"):
         batch = jobs[start:start + batch_size]
-        keys = [(str(problems[i]["id"]), k) for i, k in batch]
+        keys = []
+        for i, k in batch:
+            keys.append((str(problems[i]["id"]), k))
         if done.issuperset(keys):
             continue
         seeds = [(seed, i, k) for i, k in batch]
         batch_prompts = [prompts[i] for i, _ in batch]
         answers = model.sample(batch_prompts, max_new_tokens, temperature, seeds)
-        for key, (i, k), (ids, logp) in zip(keys, batch, answers, strict=True):
+        for key, (i, k), answer in zip(keys, batch, answers, strict=True):
             if key not in done:
-                record = grade_answer(model, tokenizer, problems[i], prompts[i], ids, logp)
+                record = grade_answer(model, tokenizer, problems[i], prompts[i], *answer)
                 record["sample"] = k
                 record["temperature"] = temperature
                 yield record
@@ -169,7 +173,8 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
     prefix = problem.get("prefix", [])
     if prefix:  # the teacher's log-probabilities of what the student wrote
         example = data.Example(np.array(prompt), len(prompt) - len(prefix))
-        logp = [*data.response_logp(model, [example])[0], *logp]
+        prefix_logp = data.response_logp(model, [example])[0]
+        logp = [*prefix_logp, *logp]
         ids = prefix + ids
     finished = bool(ids) and ids[-1] in model.eos_token_ids
     response = tokenizer.decode(ids[:-1] if finished else ids)
@@ -196,19 +201,16 @@ def read_answers(path: str | Path) -> list[dict]:
         check("setup" in record, f"{path}: expected a file that `accuracy` wrote")
     return records
 
-def accuracy_per_problem(records: list[dict]) -> dict[str, float]:
-    """{problem id: share of its answers that are right}"""
-    right, answers = Counter(), Counter()
-    for record in records:
-        answers[str(record["id"])] += 1
-        right[str(record["id"])] += record["correct"]
-    return {name: right[name] / answers[name] for name in answers}
-
 def summarize(records: list[dict]) -> dict:
     """avg@k with its standard error over problems, pass@k, mean length, share cut off."""
-    means = np.array(list(accuracy_per_problem(records).values()))
+    verdicts: dict[str, list] = {}
+    for record in records:
+        verdicts.setdefault(str(record["id"]), []).append(record["correct"])
+    per_problem = {name: np.mean(right) for name, right in verdicts.items()}
+    means = np.array(list(per_problem.values()))
     n = len(means)
     return {
+        "per_problem": per_problem,
         "accuracy": means.mean(),
         "standard_error": means.std(ddof=n > 1) / math.sqrt(n),
         "pass": np.mean(means > 0),
@@ -265,9 +267,10 @@ def accuracy(args: argparse.Namespace) -> None:
         data.cut_half_line(part)
     finished = out.exists() and not part.exists()
     file = out if finished else part
-    records = [record for _, record in data.read_jsonl(file)] if file.exists() else []
+    records = []
+    if file.exists() and file.stat().st_size:
+        records = read_answers(file)
     for record in records:
-        check("setup" in record, f"{file}: expected a file that `accuracy` wrote")
         data.check_same_settings(file, record["setup"], setup)
     if edited_since(records):
         print(f"{file}: {edited_since(records)} changed since these answers were written")
@@ -275,16 +278,17 @@ def accuracy(args: argparse.Namespace) -> None:
         model, tokenizer = data.load(args.model, setup["dtype"], args.device)
         warn_ignored_generation_config(model.folder)
         part.parent.mkdir(parents=True, exist_ok=True)
-        done = {(str(record["id"]), record["sample"]) for record in records}
+        done = set()
+        for record in records:
+            done.add((str(record["id"]), record["sample"]))
         for record in generate_answers(model, tokenizer, problems, args.samples,
                                        args.temperature, args.max_new_tokens,
                                        args.batch_size, args.seed, done):
             record["setup"] = {**setup, "code": data.CODE}
             data.write_lines(part, [record], "a")
             records.append(record)
-        def place(record: dict) -> tuple:
-            return order[str(record["id"])], record["sample"]
-        records.sort(key=place)
+        records.sort(key=lambda record: record["sample"])
+        records.sort(key=lambda record: order[str(record["id"])])
         data.write_jsonl(out, records)
         part.unlink()
     wanted = len(problems) * args.samples
@@ -293,7 +297,9 @@ def accuracy(args: argparse.Namespace) -> None:
 
 def edited_since(records: list[dict]) -> str:
     """Which files that shape an answer were edited since the first of these? "" if none."""
-    code = records[0]["setup"].get("code", {}) if records else data.CODE
+    if not records:
+        return ""
+    code = records[0]["setup"].get("code", {})
     return data.edited(code, "model.py", "data.py", "evaluate.py")
 
 def compare(args: argparse.Namespace) -> None:
@@ -303,10 +309,10 @@ def compare(args: argparse.Namespace) -> None:
         records = read_answers(file)
         print(summary_line(records))
         golds = {str(record["id"]): record["answer"] for record in records}
-        sides.append((golds, accuracy_per_problem(records)))
+        sides.append((golds, summarize(records)["per_problem"]))
     (golds_a, a), (golds_b, b) = sides
     check(golds_a == golds_b, f"{args.a} and {args.b}: not answers to the same problems")
-    gain = np.array([a[problem] - b[problem] for problem in a])
+    gain = np.array([a[name] - b[name] for name in a])
     rng = np.random.default_rng(0)
     means = []
     for _ in range(10000):
@@ -328,7 +334,8 @@ def kl_along_samples(author: Transformer, teacher: Transformer, student: Transfo
     starts = range(0, len(prompts), args.batch_size)
     for start in data.progress(starts, "measuring"):
         part = prompts[start:start + args.batch_size]
-        seeds = [(args.seed, start + i) for i in range(len(part))]
+        rows = range(start, start + len(part))
+        seeds = [(args.seed, row) for row in rows]
         answers = author.sample(part, args.max_new_tokens, 1.0, seeds)
         examples = []
         for prompt, (ids, _) in zip(part, answers, strict=True):
@@ -362,7 +369,8 @@ def exposure_curve(student: np.ndarray, teacher: np.ndarray, draws: int = 1000) 
         curve = (R - epsilon) / epsilon * 100
     curve[np.maximum(R, epsilon) < 1e-6] = 0  # but for rounding: p = q
     end = int(np.isfinite(curve[0]).sum())  # where the last answer of one side ends
-    low, high = np.nanpercentile(curve[1:, :end], (2.5, 97.5), axis=0)
+    resampled = curve[1:, :end]
+    low, high = np.nanpercentile(resampled, (2.5, 97.5), axis=0)
     return {"excess": curve[0, :end], "low": low, "high": high,
             "R": R[0, :end], "epsilon": epsilon[0, :end]}
 
@@ -373,7 +381,8 @@ def exposure(args: argparse.Namespace) -> None:
     student, tokenizer = data.load(args.student, dtype, args.device)
     check(teacher_tokenizer.vocab == tokenizer.vocab, "exposure: different tokenizers")
     problems = load_problems(args.benchmark, args.suffix)[:args.limit or None]
-    prompts = sorted([encode_problem(problem, tokenizer) for problem in problems], key=len)
+    prompts = [encode_problem(problem, tokenizer) for problem in problems]
+    prompts.sort(key=len)
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
     shape = len(prompts), args.samples, args.max_new_tokens
     on_student = kl_along_samples(student, teacher, student, repeated, args)
@@ -402,7 +411,8 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; break-inside: avoid; margin:
 def token_span(piece: str, w: float, title: str = "") -> str:
     """A token: orange if it counts less than in SFT, violet if it counts more."""
     rgb = "230,97,1" if w < 1 else "94,60,153"
-    style = f"background:rgba({rgb},{abs(w - 1) * 0.7:.2f})"
+    opacity = abs(w - 1) * 0.7
+    style = f"background:rgba({rgb},{opacity:.2f})"
     text = html.escape(piece).replace("\n", "\u21b5\n")
     return f'<span style="{style}" title="{title}">{text}</span>'
 
@@ -421,7 +431,8 @@ def weights(args: argparse.Namespace) -> None:
         stream = DecodeStream(skip_special_tokens=False)
         for i, token in enumerate(example.tokens[start:].tolist()):
             piece = stream.step(tokenizer.backend, token) or ""  # part of a character
-            q, p = math.exp(q_logp[i]), math.exp(p_logp[i])
+            q = math.exp(q_logp[i])
+            p = math.exp(p_logp[i])
             title = f"q {q:.3g}, p {p:.3g}, w {w[i]:.3f}"
             page.append(token_span(piece, w[i].item(), title))
         page.append(f" (mean weight {w.mean():.3f})")
@@ -448,7 +459,8 @@ def report(args: argparse.Namespace) -> None:
     table.insert(0, {name: name for name in names})
     widths = {}
     for name in names:
-        widths[name] = max(len(row.get(name, "")) for row in table)
+        cells = [row.get(name, "") for row in table]
+        widths[name] = max(map(len, cells))
     table.insert(1, {name: "-" * widths[name] for name in names})
     for row in table:
         cells = [row.get(name, "").ljust(widths[name]) for name in names]
@@ -656,7 +668,8 @@ def main(argv: list[str] | None = None) -> None:
             f"default for a benchmark with a name, is {SUFFIX!r}")
         add("--limit", type=count, default=0, help="only the first N problems; 0 is all")
         add("--samples", type=positive, default=samples, help="answers per problem")
-        add("--max-new-tokens", type=positive, default=1024, help="of an answer")
+        add("--max-new-tokens", type=positive, default=1024,
+            help="of an answer; what is longer is cut off")
         size = 256 if torch.cuda.is_available() else 16
         add("--batch-size", type=positive, default=size, help="answers at a time")
         add("--seed", type=count, default=0, help="of the answers")
@@ -665,7 +678,8 @@ def main(argv: list[str] | None = None) -> None:
     add = data.add_command(commands, accuracy)
     add("--model", required=True, help="HF folder or Hub name")
     add_problem_options(add, samples=1)
-    add("--temperature", type=data.bounded(float, 0), default=0.0, help="0 is greedy")
+    add("--temperature", type=data.bounded(float, 0), default=0.0,
+        help="of sampling; 0 is greedy")
     add("--out", help="OUT.jsonl: a record per answer; a teacher's are traces (default: "
         "BENCHMARK-DECODING.jsonl in the model's folder, or in runs/answers/NAME)")
     add("--resume", action="store_true", help="continue an interrupted evaluation")
@@ -681,7 +695,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--student", required=True, help="HF folder or Hub name")
     add("--traces", required=True, help="T.jsonl with teacher_logprobs")
     add("--out", required=True, help="PAGE.html: opens in any browser")
-    add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU, help="of the weight")
+    add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
+        help="temperature of the weight")
     data.add_model_options(add)
     add = data.add_command(commands, report)
     add("runs", nargs="+", help="folders of train.py, with answers of `accuracy` in them")

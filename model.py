@@ -402,7 +402,8 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str) -> dict[str, Ten
     if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
         check(isinstance(weight_map, dict), f"{index}: no weight_map from tensors to files")
-        names = sorted({Path(str(name)).name for name in weight_map.values()})  # in folder
+        files = {Path(str(name)).name for name in weight_map.values()}  # of this folder
+        names = sorted(files)
     state = {}
     for name in names:
         try:

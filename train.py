@@ -175,14 +175,14 @@ def resample_on_policy(student: Transformer, micro_batches: list[list[data.Examp
 def check_objective(args: argparse.Namespace) -> None:
     name = f"--objective {args.objective}"
     token_loss, weight = loss.OBJECTIVES[args.objective]
-    if token_loss is loss.sft:
-        check(not args.on_policy, f"--on-policy: {name} learns from the teacher's tokens; "
-              "kl, rkl, todi and gkd can judge the student's own")
-        unused = args.teacher and weight in (None, loss.dft_weight)
-        check(not unused, f"{name} uses no --teacher")
-    else:
+    if token_loss is not loss.sft:
         check(args.teacher, f"{name} needs the whole distribution of the teacher: give "
               "--teacher. sft, dft and discord need none")
+        return
+    check(not args.on_policy, f"--on-policy: {name} learns from the teacher's tokens; kl, "
+          "rkl, todi and gkd can judge the student's own")
+    if weight in (None, loss.dft_weight):
+        check(not args.teacher, f"{name} uses no --teacher")
 
 def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
                  args: argparse.Namespace) -> None:
@@ -483,11 +483,10 @@ def build_toy(root: Path, seed: int) -> None:
 
 def is_kept(folder: Path) -> bool:
     """The toy's teacher and student are trained once, whatever is edited later."""
-    file = folder / "run.json"
-    finished = file.exists() and "seconds" in read_json(file)
-    if finished:
+    kept = (folder / "config.json").exists()  # the last file of a finished run
+    if kept:
         print(f"{folder}: kept; remove the folder to train it anew")
-    return finished
+    return kept
 
 def forget_old_code(folder: Path) -> None:
     """After an edit, a run of the toy is made again."""
