@@ -483,10 +483,11 @@ def build_toy(root: Path, seed: int) -> None:
 
 def is_kept(folder: Path) -> bool:
     """The toy's teacher and student are trained once, whatever is edited later."""
-    kept = (folder / "config.json").exists()  # the last file of a finished run
-    if kept:
+    file = folder / "run.json"
+    finished = file.exists() and "seconds" in read_json(file)
+    if finished:
         print(f"{folder}: kept; remove the folder to train it anew")
-    return kept
+    return finished
 
 def forget_old_code(folder: Path) -> None:
     """After an edit, a run of the toy is made again."""

@@ -449,7 +449,7 @@ def test_a_run_of_other_code(toy_model, traces, tmp_path, monkeypatch, capsys):
     run = json.loads((out / "run.json").read_text())
     del run["code"]
     data.write_jsonl(out / "run.json", [run])
-    with pytest.raises(BadInput, match=r"but model\.py and data\.py and loss\.py and train\.py ch"):
+    with pytest.raises(BadInput, match=r"but model\.py, data\.py, loss\.py, train\.py ch"):
         train.train(resumed)
     for name, digest in data.CODE.items():
         source = Path(train.__file__).with_name(name).read_bytes()
