@@ -457,74 +457,78 @@ def count_steps(folder: Path) -> dict[str, float]:
     found = {kind: right[kind] / max(written[kind], 1) for kind in ("+", "-", "*", "merged")}
     return found | {"skipped": 1 - written.total() / (6 * len(problems))}
 
-# ---- Figures: white, so that they are readable in dark mode, too; large letters for a projector
+# ---- Figures: white, so that they are readable in dark mode, too. Shown 830 pixels wide, letters
+# have 14 pixels. Each objective has one hue in all figures; shares of spellings are grey.
 FIGURES = Path(__file__).parent / "figures"
-COLORS = {"SFT": "#e66101", "KL": "#fdb863", "reverse KL": "0.6", "DFT": "0.1",
-          "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
-FOUR_COLORS = "#5e3c99", "#b2abd2", "#fdb863", "#e66101"
+COLORS = {"student before": "0.45", "SFT": "#e66101", "KL": "#1b9e77", "reverse KL": "#2166ac",
+          "DFT": "#b2182b", "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
+GREYS = "0.25", "0.5", "0.7", "0.87"
 
 def rates_panel(axis: Axes, world: World, title: str) -> None:
     found = rate_results()
     for name in METHODS:
         points = [np.mean(found[world, f"{name} {lr:g}"]["sampled"]) for lr in RATES]
         axis.plot(RATES, points, marker="o", color=COLORS[name], label=name)
-    axis.set(title=title, ylim=(0, 1.02), ylabel="sampled accuracy, two seeds")
-    axis.set(xlabel="learning rate", xscale="log")
+    axis.set(title=title, ylim=(0, 1.02), xlabel="learning rate", xscale="log")
+    axis.set_xticks([1e-4, 1e-3, 1e-2])
 
 def shares_panel(axis: Axes) -> None:
-    axis.set(title="A softmax table (dotted: teacher)", xlim=(-0.03, 1.03))
-    axis.set(xlabel="where the share of the first entry ends")
+    axis.set(title="A softmax table", xlim=(-0.03, 1.03), xlabel="first share at the end")
     axis.set_yticks(range(len(TABLE_WEIGHTS)), TABLE_WEIGHTS)
-    axis.axvline(TABLE_TEACHER[0], color="0.6", linestyle=":")
-    for i, marker in enumerate("osD^"):
+    axis.axvline(TABLE_TEACHER[0], color="0.4", linestyle=":")
+    for i, (marker, start) in enumerate(zip("osD^", STARTS, strict=True)):
         ends = [softmax_table(name)[i][0] for name in TABLE_WEIGHTS]
-        heights = np.arange(len(ends)) + 0.12 * (i - 1.5)
-        axis.plot(ends, heights, marker, color=FOUR_COLORS[i], label=f"from {STARTS[i]}")
+        heights = np.arange(len(ends)) + 0.14 * (i - 1.5)
+        label = "from " + " ".join(f"{share:.2g}".removeprefix("0") for share in start)
+        axis.plot(ends, heights, marker, color=GREYS[i], markeredgecolor="black", label=label)
 
 def accuracy_panel(axis: Axes, world: World) -> None:
-    for y, (_, column) in enumerate(do_all(main_runs(world)).items()):
-        color = ["0.45", *COLORS.values()][y]
-        for key, offset, fill in (("greedy", -0.14, color), ("sampled", 0.14, "white")):
+    for y, (color, column) in enumerate(zip(COLORS.values(), do_all(main_runs(world)).values(),
+                                            strict=True)):
+        for key, offset, fill in (("greedy", -0.16, color), ("sampled", 0.16, "white")):
             values = column[key]
             axis.errorbar(np.mean(values), y + offset, xerr=half_interval(values), marker="o",
-                          markersize=10, capsize=4, color=color, markerfacecolor=fill)
-    axis.set(xlim=(0, 1.02), xlabel="accuracy")
+                          markersize=8, capsize=3, color=color, markerfacecolor=fill)
+    axis.set(xlim=(0, 1.04), xlabel="accuracy")
     axis.grid(axis="x", color="0.85")
 
 def ways_panel(axis: Axes) -> None:
     for y, column in enumerate(do_all(main_runs(FOUR_WAYS)).values()):
         start = 0.0
-        for share, color in zip(np.mean(column["shares"], axis=0), FOUR_COLORS, strict=True):
+        for share, color in zip(np.mean(column["shares"], axis=0), GREYS, strict=True):
             axis.barh(y, share, left=start, height=0.6, color=color)
             start += share
     for line in np.cumsum(TEACHER_SHARES)[:-1]:
         axis.axvline(line, color="black", linestyle=":")
-    axis.set(title="The student's four ways", xlabel="shares (dotted: the teacher's)")
+    axis.set(title="Shares of the four ways", xlabel="dotted: the teacher's")
 
 def draw_result() -> None:
-    figure, axes = plot.subplots(1, 3, figsize=(18, 6), layout="constrained", sharey=True)
+    figure, axes = plot.subplots(1, 3, figsize=(10.4, 4.6), layout="constrained", sharey=True)
     toy, four_ways, ways = axes
     accuracy_panel(toy, TOY)
-    toy.set(title="The toy (full: greedy; hollow: sampled)")
-    toy.set_yticks(range(1 + len(METHODS)), ["student before", *METHODS])
+    toy.set(title="The toy")
+    toy.set_yticks(range(len(COLORS)), COLORS)
     toy.invert_yaxis()
     accuracy_panel(four_ways, FOUR_WAYS)
-    four_ways.set(title="Each value written in one of four ways")
+    four_ways.set(title="Four ways")
     ways_panel(ways)
     figure.savefig(FIGURES / "result.png")
 
 def figures() -> None:
     """Draw figures/result.png from main, figures/study.png from rates and shares."""
-    plot.rcParams.update({"font.size": 15, "savefig.facecolor": "white", "savefig.dpi": 80,
+    plot.rcParams.update({"font.size": 12.5, "savefig.facecolor": "white", "savefig.dpi": 160,
                           "axes.spines.top": False, "axes.spines.right": False})
     draw_result()
-    figure, axes = plot.subplots(1, 3, figsize=(20, 7), layout="constrained")
+    figure, axes = plot.subplots(1, 3, figsize=(10.4, 5.2), layout="constrained")
     toy, four_ways, table = axes
     rates_panel(toy, TOY, "The toy")
+    toy.set_ylabel("sampled accuracy, two seeds")
     rates_panel(four_ways, FOUR_WAYS, "Four ways")
     shares_panel(table)
-    for axis in axes:
-        axis.legend(fontsize=12, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.13))
+    handles, labels = toy.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=11)
+    table.legend(loc="upper center", bbox_to_anchor=(0.2, -0.18), ncols=2, fontsize=10,
+                 handletextpad=0.2, columnspacing=0.8)
     figure.savefig(FIGURES / "study.png")
 
 PARTS = {
