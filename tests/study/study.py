@@ -148,9 +148,10 @@ def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
     command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
     args = train.parse_args(command.split())
-    if not train.is_finished(out):
+    file = out / "run.json"
+    run = read_json(file) if file.exists() else {}
+    if "seconds" not in run:
         return train.train(args)
-    run = read_json(out / "run.json")
     for key in ("student", "traces", "steps", "lr", "tau", "seed"):
         was, now = run["options"][key], vars(args)[key]
         check(was == now, f"{out}: {key} was {was}, is now {now}; remove the folder")
