@@ -110,8 +110,8 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
 def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
     """Prompt as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
     where = f"problem {problem['id']}"
-    prompt = tokenizer.encode_prompt(data.get_messages(problem, where), where)
-    return prompt + problem.get("prefix", [])
+    turns = data.get_messages(problem, where)
+    return tokenizer.encode_prompt(turns, where) + problem.get("prefix", [])
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                      samples: int = 1, temperature: float = 0.0,
@@ -225,8 +225,8 @@ def accuracy(args: Namespace) -> None:
     setup["problems_sha256"] = digest.hexdigest()
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
     name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
-    folder = Path(args.model if Path(args.model).is_dir() else f"runs/answers/{args.model}")
-    out = Path(args.out or folder / name)
+    folder = args.model if Path(args.model).is_dir() else f"runs/answers/{args.model}"
+    out = Path(args.out or f"{folder}/{name}")
     part = Path(f"{out}.part")  # a line per answer so far; becomes OUT when all are there
     file = part if part.exists() else out
     check(args.resume or not file.exists(), f"{file}: holds an evaluation; add --resume to "
@@ -321,9 +321,7 @@ def exposure_curve(student: np.ndarray, teacher: np.ndarray) -> dict:
     end = np.isfinite(curve[0]).sum()  # where the last answer of one side ends
     low, high = np.nanpercentile(curve[1:, :end], (2.5, 97.5), axis=0)
     return {
-        "excess": curve[0, :end],
-        "low": low,
-        "high": high,
+        "excess": curve[0, :end], "low": low, "high": high,
         "R": R[0, :end],
         "epsilon": epsilon[0, :end],
     }
@@ -583,16 +581,16 @@ OPERATORS: dict = {
 def value_at(node, point: int):
     """The value of a formula, with a random number of either sign for a letter."""
     match node:
-        case ast.Constant(value=number):
+        case ast.Constant(number):
             return Fraction(str(number))
-        case ast.Name(id=name):
+        case ast.Name(name):
             number = random.Random(f"{point}{name}").randrange(-1999, 1999)
             return CONSTANTS.get(name, Fraction(number, 997))
-        case ast.UnaryOp(op=op, operand=operand):
+        case ast.UnaryOp(op, operand):
             return OPERATORS[type(op)](value_at(operand, point))
-        case ast.BinOp(left=left, op=op, right=right):
+        case ast.BinOp(left, op, right):
             return OPERATORS[type(op)](value_at(left, point), value_at(right, point))
-        case ast.Call(func=ast.Name(id=name), args=arguments):
+        case ast.Call(ast.Name(name), arguments):
             return FUNCTIONS[name](*[value_at(argument, point) for argument in arguments])
     raise ValueError(f"{node} is not in the grammar")
 
@@ -601,43 +599,41 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = data.bounded(int, 1)
-    model = {"required": True, "help": "HF folder or Hub name"}
-    for function, samples in ((accuracy, 1), (exposure, 4)):
+    model = "HF folder or Hub name"
+    required = {
+        accuracy: {"--model": model},
+        exposure: {"--teacher": model, "--student": model, "--out": "CURVE.jsonl"},
+        weights: {"--student": model, "--traces": "T.jsonl, scored", "--out": "PAGE.html"},
+    }
+    for function, options in required.items():
         add = data.add_command(commands, function)
-        if function is accuracy:
-            add("--model", **model)
-            add("--temperature", type=data.bounded(float, 0), default=0.0,
-                help="of sampling; 0 is greedy")
-            add("--out", help="OUT.jsonl: a record per answer; a teacher's are traces "
-                "(default: BENCHMARK-DECODING.jsonl in the model's folder, or in "
-                "runs/answers/NAME)")
-            add("--resume", action="store_true", help="continue an interrupted evaluation")
-        else:
-            add("--teacher", **model)
-            add("--student", **model)
-            add("--out", required=True, help="CURVE.jsonl: a line per length")
+        for name, about in options.items():
+            add(name, required=True, help=about)
+        data.add_model_options(add)
+        if function is weights:
+            add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
+                help="temperature of the weight")
+            continue
         add("--benchmark", required=True, help=f"{', '.join(BENCHMARKS)}; with a split: "
             "gsm8k:train; or FILE.jsonl")
         add("--suffix", help="text after each question that asks for no \\boxed; box, the "
             f"default for a benchmark with a name, is {SUFFIX!r}")
         add("--limit", type=positive, help="only the first N problems (default: all)")
+        samples = 1 if function is accuracy else 4
         add("--samples", type=positive, default=samples, help="answers per problem")
-        add("--max-new-tokens", type=positive, default=1024,
-            help="of an answer; what is longer is cut off")
+        add("--max-new-tokens", type=positive, default=1024, help="tokens of an answer")
         size = 256 if torch.cuda.is_available() else 16
         add("--batch-size", type=positive, default=size, help="answers at a time")
         add("--seed", type=data.bounded(int, 0), default=0, help="of the answers")
-        data.add_model_options(add)
+        if function is accuracy:
+            add("--temperature", type=data.bounded(float, 0), default=0.0,
+                help="of sampling; 0 is greedy")
+            add("--out", help="OUT.jsonl: a record per answer (default: BENCHMARK-DECODING"
+                ".jsonl in the model's folder, or in runs/answers/NAME)")
+            add("--resume", action="store_true", help="continue an interrupted evaluation")
     add = data.add_command(commands, compare)
     add("a", help="A.jsonl, from `accuracy`")
     add("b", help="B.jsonl: answers to the same problems")
-    add = data.add_command(commands, weights)
-    add("--student", **model)
-    add("--traces", required=True, help="T.jsonl with teacher_logprobs")
-    add("--out", required=True, help="PAGE.html: opens in any browser")
-    add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
-        help="temperature of the weight")
-    data.add_model_options(add)
     add = data.add_command(commands, report)
     add("runs", nargs="+", help="folders of train.py, with answers of `accuracy` in them")
     args = parser.parse_args(argv)
