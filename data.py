@@ -129,6 +129,11 @@ class Tokenizer:
             ids = ids[:-1]
         return self.backend.decode(ids, skip_special_tokens=False)
 
+    def pieces(self, ids: Iterable) -> list[str]:
+        """What each token adds to the text: "" for a part of a character."""
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        return [stream.step(self.backend, token) or "" for token in ids]
+
 def load(path_or_repo: str | Path, dtype: str = "float32",
          device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer. The model also stops at the template's end of turn, which
@@ -376,11 +381,10 @@ def round_logp(logp: Iterable) -> list[float]:
 def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
                    separator: re.Pattern) -> np.ndarray:
     """Mean log-probability of the tokens that begin in each sentence: [sentences]."""
-    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
     text, starts = "", []
-    for token in example.tokens[example.prompt_length:].tolist():
+    for piece in tokenizer.pieces(example.tokens[example.prompt_length:]):
         starts.append(len(text))
-        text += stream.step(tokenizer.backend, token) or ""  # None: part of a character
+        text += piece
     ends = [gap.start() for gap in separator.finditer(text)]
     sentence = np.searchsorted(ends, starts, side="right")
     count = np.bincount(sentence)

@@ -1,10 +1,6 @@
-"""Answers, their accuracy, comparison, exposure bias, a page of token weights, grading.
+"""Answers, accuracy, comparison, exposure bias, a page of token weights, grading. The right
+answers of a teacher's evaluation are the traces that train.py reads."""
 
-One engine serves the student's accuracy and the teacher's traces alike: the right answers
-of a teacher's evaluation are the traces that train.py reads.
-"""
-
-import argparse
 import ast
 import cmath
 import hashlib
@@ -14,18 +10,16 @@ import math
 import operator
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import constants, errors, utils
-from tokenizers.decoders import DecodeStream
-from torch import Tensor
 
 import data
 import loss
@@ -44,10 +38,15 @@ BENCHMARKS = {  # data set on the Hub, configuration, default split
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 QUESTIONS = ["prompt", "question", "problem"]
 GOLDS = ["answer", "final_answer", "expected_answer", "solution"]
+PROBLEM = ["id", "prompt", "messages", "answer", "prefix"]
+SETUP = ["dtype", "model", "benchmark", "suffix", "samples", "temperature",
+         "max_new_tokens", "seed"]  # which a resumed evaluation must have in common
 
 def download_benchmark(name: str) -> Path:
     """The JSONL file of a benchmark, like "math" or "math:train", downloaded once."""
     key, _, split = name.partition(":")
+    check(key in BENCHMARKS, f"--benchmark {name}: no such file; the benchmarks with a "
+          f"name are {', '.join(BENCHMARKS)}")
     repo, config, default_split = BENCHMARKS[key].split()
     split = split or default_split
     file = Path(constants.HF_HUB_CACHE, "benchmarks", f"{key}-{split}.jsonl")
@@ -68,55 +67,39 @@ def download_benchmark(name: str) -> Path:
                 check(not row["truncated_cells"], f"row {len(rows)} is cut")
                 rows.append(row["row"])
             total = page["num_rows_total"]
-    except (OSError, ValueError, LookupError, TypeError, errors.HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:
         raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.200}"
                        ) from error
     data.write_jsonl(file, rows)
     return file
 
-def gold_answer(record: dict, where: str) -> str:
-    """The first answer of a problem that is not empty, else ""."""
-    golds = [record[name] for name in GOLDS if name in record]
-    check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
-    for gold in golds:
-        check(not isinstance(gold, dict), f"{where}: the answer is an object")
-        parts = gold if isinstance(gold, list) else [gold]
-        text = ", ".join(map(str, parts))
-        if gold is not None and text.strip():
-            return text
-    return ""
-
 def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict]:
     """[{"id", "prompt" or "messages", "answer"}] of a named benchmark or a JSONL file. The
     suffix ("box", and for a name: SUFFIX) follows each question that asks for no box."""
-    file, name = Path(benchmark), str(benchmark).partition(":")[0]
+    file = Path(benchmark)
     if not file.exists():
-        check(name in BENCHMARKS, f"--benchmark {benchmark}: no such file; the benchmarks "
-              f"with a name are {', '.join(BENCHMARKS)}")
         file = download_benchmark(str(benchmark))
         suffix = "box" if suffix is None else suffix
     if suffix == "box":
         suffix = SUFFIX
-    known = data.TRACE_FIELDS.union(QUESTIONS, GOLDS, ["prefix"])
     problems, unread = [], Counter()
     for where, record in data.read_jsonl(file):
-        unread.update(record.keys() - known)
-        line = where.rpartition(" ")[2]
-        problem = {"id": record.get("id", line)}
+        unread.update(record.keys() - data.TRACE_FIELDS.union(QUESTIONS, GOLDS, PROBLEM))
+        record.setdefault("id", where.rpartition(" ")[2])
         if "messages" in record:
-            turns = [dict(turn) for turn in data.get_messages(record, where)]
-            problem["messages"], last, key = turns, turns[-1], "content"
+            last, key = data.get_messages(record, where)[-1], "content"
         else:
-            problem["prompt"] = data.text_field(record, where, *QUESTIONS)
-            last, key = problem, "prompt"
-        question = last[key]
-        if suffix and "\\boxed" not in question and not question.endswith(suffix):
-            last[key] = question + suffix
-        problem["answer"] = gold_answer(record, where)
-        if "prefix" in record:
-            problem["prefix"] = record["prefix"]
-        if problem["answer"]:
-            problems.append(problem)
+            last, key = record, "prompt"
+            record["prompt"] = data.text_field(record, where, *QUESTIONS)
+        if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
+            last[key] += suffix
+        golds = (record[name] for name in GOLDS if record.get(name) not in (None, "", []))
+        gold = next(golds, "")
+        check(not isinstance(gold, dict), f"{where}: the answer is an object")
+        parts = gold if isinstance(gold, list) else [gold]
+        record["answer"] = ", ".join(map(str, parts))
+        if record["answer"].strip():
+            problems.append({key: record[key] for key in PROBLEM if key in record})
         else:
             print(f"{where}: dropped, its answer is empty")
     data.print_unread(file, unread)
@@ -126,41 +109,30 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
 # ---- Answers and their accuracy
 def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
     """Prompt as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
-    where, prefix = f"problem {problem['id']}", problem.get("prefix", [])
-    check(tokenizer.knows(prefix), f"{where}: prefix: not ids of the tokenizer in "
-          f"{tokenizer.folder}")
-    return tokenizer.encode_prompt(data.get_messages(problem, where), where) + prefix
+    where = f"problem {problem['id']}"
+    turns = data.get_messages(problem, where)
+    return tokenizer.encode_prompt(turns, where) + problem.get("prefix", [])
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                      samples: int = 1, temperature: float = 0.0,
                      max_new_tokens: int = 1024, batch_size: int = 64, seed: int = 0,
-                     done: set | None = None) -> Iterator[dict]:
-    """Yield a graded trace for each (problem id, sample) that is not `done`. Each answer
-    has a seed of its own. A resumed run repeats the batches of the whole run, since the
-    last digits of a sum depend on what shares its batch."""
-    done = done or set()
+                     done: Container = ()) -> Iterator[dict]:
+    """Yield a graded trace for each (index of a problem, sample) that is not `done`, in the
+    batches of the whole run: the last digits of a sum depend on what shares its batch."""
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
-    jobs = []  # little padding, and the largest batch first
-    lengths = np.array([len(prompt) for prompt in prompts])
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        jobs += [(i, k) for k in range(samples)]
-    starts = range(0, len(jobs), batch_size)
-    for start in data.progress(starts, "answering"):
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding
+    jobs = [(i, k) for i in order for k in range(samples)]
+    for start in data.progress(range(0, len(jobs), batch_size), "answering"):
         batch = jobs[start:start + batch_size]
-        keys = []
-        for i, k in batch:
-            keys.append((str(problems[i]["id"]), k))
-        if done.issuperset(keys):
+        if all(job in done for job in batch):
             continue
-        seeds = [(seed, i, k) for i, k in batch]
+        seeds = [(seed, *job) for job in batch]
         batch_prompts = [prompts[i] for i, _ in batch]
         answers = model.sample(batch_prompts, max_new_tokens, temperature, seeds)
-        for key, (i, k), answer in zip(keys, batch, answers, strict=True):
-            if key not in done:
+        for (i, k), answer in zip(batch, answers, strict=True):
+            if (i, k) not in done:
                 record = grade_answer(model, tokenizer, problems[i], prompts[i], *answer)
-                record["sample"] = k
-                record["temperature"] = temperature
-                yield record
+                yield {**record, "sample": k, "temperature": temperature}
 
 def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
                  prompt: list, ids: list, logp: list) -> dict:
@@ -173,40 +145,41 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
     prefix = problem.get("prefix", [])
     if prefix:  # the teacher's log-probabilities of what the student wrote
         example = data.Example(np.array(prompt), len(prompt) - len(prefix))
-        prefix_logp = data.response_logp(model, [example])[0]
-        logp = [*prefix_logp, *logp]
+        logp = [*data.response_logp(model, [example])[0], *logp]
         ids = prefix + ids
     finished = bool(ids) and ids[-1] in model.eos_token_ids
-    response = tokenizer.decode(ids[:-1] if finished else ids)
-    record = {key: value for key, value in problem.items() if key != "prefix"}
-    record["rendered"] = tokenizer.apply_chat_template(data.get_messages(problem, ""))
-    record["response"] = response
-    record["finished"] = finished
-    record["teacher_logprobs"] = data.round_logp(logp)
-    record["vocab"] = tokenizer.vocab_hash
+    response = text = tokenizer.decode(ids[:-1] if finished else ids)
+    if not finished:  # up to the last complete box
+        text = re.sub(rf"(?s)^(?:.*</think>)?(.*{BOX.pattern})?.*", r"\1", text)
+    record = {
+        **problem,
+        "rendered": tokenizer.apply_chat_template(data.get_messages(problem, "")),
+        "response": response,
+        "finished": finished,
+        "teacher_logprobs": data.round_logp(logp),
+        "vocab": tokenizer.vocab_hash,
+        "extracted": extract_answer(response),
+        "correct": is_correct(text, problem["answer"]),
+    }
+    record.pop("prefix", None)
     if ids != tokenizer.encode_response(response):
         record["tokens"] = ids
-    record["extracted"] = extract_answer(response)
-    if not finished:
-        box = re.match(rf"(?s).*{BOX.pattern}", response.rpartition("</think>")[2])
-        response = box[0] if box else ""
-    record["correct"] = is_correct(response, problem["answer"])
     return record
 
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
     records = [record for _, record in data.read_jsonl(path)]
-    check(records, f"{path}: the file is empty")
-    for record in records:
-        check("setup" in record, f"{path}: expected a file that `accuracy` wrote")
+    check(all("setup" in record for record in records),
+          f"{path}: expected a file that `accuracy` wrote")
     return records
 
 def summarize(records: list[dict]) -> dict:
     """avg@k with its standard error over problems, pass@k, mean length, share cut off."""
-    verdicts: dict[str, list] = {}
+    verdicts = defaultdict(list)
     for record in records:
-        verdicts.setdefault(str(record["id"]), []).append(record["correct"])
-    per_problem = {name: np.mean(right) for name, right in verdicts.items()}
+        problem = str(record["id"]), record["answer"]
+        verdicts[problem].append(record["correct"])
+    per_problem = {problem: np.mean(right) for problem, right in verdicts.items()}
     means = np.array(list(per_problem.values()))
     n = len(means)
     return {
@@ -234,89 +207,71 @@ def warn_ignored_generation_config(folder: Path) -> None:
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
     ignored = []
-    for key in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p"):
-        if config.get(key) not in (None, 0, 1):
-            ignored.append(f"{key}={config[key]}")
+    for name in ("repetition_penalty", "top_k", "top_p", "min_p", "typical_p"):
+        if config.get(name) not in (None, 0, 1):
+            ignored.append(f"{name}={config[name]}")
     if ignored:
         print(f"{file}: not applied here, unlike in transformers and vLLM:", *ignored)
 
-def accuracy(args: argparse.Namespace) -> None:
+def accuracy(args: Namespace) -> None:
     """Answer a benchmark, grade the answers, keep a record of each, print the accuracy."""
-    check(args.samples == 1 or args.temperature, "--samples > 1 needs a --temperature "
-          "above 0: greedy answers are all the same")
-    problems = load_problems(args.benchmark, args.suffix)[:args.limit or None]
-    order = {str(problem["id"]): i for i, problem in enumerate(problems)}
-    check(len(order) == len(problems), f"{args.benchmark}: problems with the same id")
-    # What a resumed evaluation must have in common with the interrupted one.
-    setup = {"dtype": data.compute_dtype(args)}
-    for name in ("model", "benchmark", "suffix", "samples", "temperature",
-                 "max_new_tokens", "seed"):
-        setup[name] = vars(args)[name]
-    text = json.dumps(problems)
-    setup["problems_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    # OUT.part has a line per answer so far. It becomes OUT when all are there.
+    check(args.samples == 1 or args.temperature, "--samples > 1 needs --temperature > 0")
+    problems = load_problems(args.benchmark, args.suffix)[:args.limit]
+    index = {str(problem["id"]): i for i, problem in enumerate(problems)}
+    check(len(index) == len(problems), f"{args.benchmark}: problems with the same id")
+    args.dtype = data.compute_dtype(args)
+    setup = {name: vars(args)[name] for name in SETUP}
+    digest = hashlib.sha256(json.dumps(problems).encode())
+    setup["problems_sha256"] = digest.hexdigest()
     decoding = f"T{args.temperature:g}x{args.samples}" if args.temperature else "greedy"
-    folder = Path(args.model if Path(args.model).is_dir() else f"runs/answers/{args.model}")
     name = f"{Path(args.benchmark).stem.replace(':', '-')}-{decoding}.jsonl"
-    out = Path(args.out or folder / name)
-    part = Path(f"{out}.part")
-    for file in (part, out):
-        check(args.resume or not file.exists(), f"{file}: holds an evaluation; add "
-              "--resume to continue or to print it, or remove the file")
+    folder = args.model if Path(args.model).is_dir() else f"runs/answers/{args.model}"
+    out = Path(args.out or f"{folder}/{name}")
+    part = Path(f"{out}.part")  # a line per answer so far; becomes OUT when all are there
+    file = part if part.exists() else out
+    check(args.resume or not file.exists(), f"{file}: holds an evaluation; add --resume to "
+          "continue or to print it, or remove the file")
     if part.exists():
         data.cut_half_line(part)
-    finished = out.exists() and not part.exists()
-    file = out if finished else part
-    records = []
-    if file.exists() and file.stat().st_size:
-        records = read_answers(file)
+    records = read_answers(file) if file.exists() else []
     for record in records:
         data.check_same_settings(file, record["setup"], setup)
-    if edited_since(records):
-        print(f"{file}: {edited_since(records)} changed since these answers were written")
-    if not finished:
-        model, tokenizer = data.load(args.model, setup["dtype"], args.device)
+    if names := edited_since(records):
+        print(f"{file}: {names} changed since these answers were written")
+    def job(record: dict) -> tuple:
+        return index[str(record["id"])], record["sample"]
+    answers = {job(record): record for record in records}
+    if len(answers) < len(problems) * args.samples:
+        model, tokenizer = data.load(args.model, args.dtype, args.device)
         warn_ignored_generation_config(model.folder)
         part.parent.mkdir(parents=True, exist_ok=True)
-        done = set()
-        for record in records:
-            done.add((str(record["id"]), record["sample"]))
         for record in generate_answers(model, tokenizer, problems, args.samples,
                                        args.temperature, args.max_new_tokens,
-                                       args.batch_size, args.seed, done):
+                                       args.batch_size, args.seed, answers):
             record["setup"] = {**setup, "code": data.CODE}
             data.write_lines(part, [record], "a")
-            records.append(record)
-        records.sort(key=lambda record: record["sample"])
-        records.sort(key=lambda record: order[str(record["id"])])
-        data.write_jsonl(out, records)
-        part.unlink()
-    wanted = len(problems) * args.samples
-    check(len(records) == wanted, f"{out}: {len(records)} answers instead of {wanted}")
+            answers[job(record)] = record
+    records = [answers[key] for key in sorted(answers)]
+    data.write_jsonl(out, records)
+    part.unlink(missing_ok=True)
     print(f"{summary_line(records)}\n  {out}")
 
 def edited_since(records: list[dict]) -> str:
     """Which files that shape an answer were edited since the first of these? "" if none."""
-    if not records:
-        return ""
-    code = records[0]["setup"].get("code", {})
+    code = records[0]["setup"]["code"] if records else data.CODE
     return data.edited(code, "model.py", "data.py", "evaluate.py")
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: Namespace) -> None:
     """Paired comparison of two files of answers to the same problems."""
-    sides = []
-    for file in (args.a, args.b):
-        records = read_answers(file)
-        print(summary_line(records))
-        golds = {str(record["id"]): record["answer"] for record in records}
-        sides.append((golds, summarize(records)["per_problem"]))
-    (golds_a, a), (golds_b, b) = sides
-    check(golds_a == golds_b, f"{args.a} and {args.b}: not answers to the same problems")
-    gain = np.array([a[name] - b[name] for name in a])
+    answers_a = read_answers(args.a)
+    answers_b = read_answers(args.b)
+    print(f"{summary_line(answers_a)}\n{summary_line(answers_b)}")
+    a = summarize(answers_a)["per_problem"]
+    b = summarize(answers_b)["per_problem"]
+    check(a.keys() == b.keys(), f"{args.a} and {args.b}: not answers to the same problems")
+    gain = np.array([a[problem] - b[problem] for problem in a])
     rng = np.random.default_rng(0)
-    means = []
-    for _ in range(10000):
-        means.append(rng.choice(gain, len(gain)).mean())
+    means = [rng.choice(gain, len(gain)).mean() for _ in range(10000)]
     low, high = np.percentile(means, (2.5, 97.5))
     print(f"A - B: {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; A is "
           f"better on {sum(gain > 0)}, B on {sum(gain < 0)} of {len(gain)} problems")
@@ -324,123 +279,111 @@ def compare(args: argparse.Namespace) -> None:
 # ---- Exposure bias
 @torch.no_grad()
 def kl_along_samples(author: Transformer, teacher: Transformer, student: Transformer,
-                     prompts: list[list], args: argparse.Namespace) -> np.ndarray:
+                     prompts: list, args: Namespace) -> np.ndarray:
     """KL(p || q) in nats at each position of what `author` samples, from the first token to
     the EOS: [prompts, max_new_tokens]. NaN after the EOS."""
-    def row_kl(p_hidden: Tensor, q_hidden: Tensor) -> Tensor:
-        return loss.kl(student.logits(q_hidden), teacher.logits(p_hidden))
-
     result = np.full((len(prompts), args.max_new_tokens), np.nan)
-    starts = range(0, len(prompts), args.batch_size)
-    for start in data.progress(starts, "measuring"):
-        part = prompts[start:start + args.batch_size]
-        rows = range(start, start + len(part))
-        seeds = [(args.seed, row) for row in rows]
-        answers = author.sample(part, args.max_new_tokens, 1.0, seeds)
+    seeds = [(args.seed, row) for row in range(len(prompts))]
+    for start in data.progress(range(0, len(prompts), args.batch_size), "measuring"):
+        rows = slice(start, start + args.batch_size)
+        answers = author.sample(prompts[rows], args.max_new_tokens, 1.0, seeds[rows])
         examples = []
-        for prompt, (ids, _) in zip(part, answers, strict=True):
+        for prompt, (ids, _) in zip(prompts[rows], answers, strict=True):
             examples.append(data.Example(np.array(prompt + ids), len(prompt)))
         batch = data.collate(examples, args.device)
-        p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
-        q_hidden = student(batch.tokens).flatten(0, 1)[batch.positions]
-        kl = data.map_rows(row_kl, p_hidden, q_hidden).cpu().numpy()
+        hidden = []
+        for model in (student, teacher):
+            hidden.append(model(batch.tokens).flatten(0, 1)[batch.positions])
+        kl = data.map_rows(lambda q, p: loss.kl(student.logits(q), teacher.logits(p)),
+                           *hidden).cpu().numpy()
         check(np.isfinite(kl).all(), "exposure: KL is not finite; try --dtype float32")
         for row, (ids, _) in enumerate(answers, start):
             result[row, :len(ids)] = kl[:len(ids)]
             kl = kl[len(ids):]
     return result
 
-def exposure_curve(student: np.ndarray, teacher: np.ndarray, draws: int = 1000) -> dict:
-    """ExAccErr(l) = (R(l) - epsilon(l)) / epsilon(l) in percent (arXiv 2204.01171). R and
-    epsilon sum the mean KL of the first l positions on student and on teacher prefixes
-    (`kl_along_samples`, [problems, samples, L]). A mean is over the answers that reach the
-    position. The 95 % interval is a bootstrap over problems."""
+@np.errstate(all="ignore")  # 0 / 0 where nobody is left
+def exposure_curve(student: np.ndarray, teacher: np.ndarray) -> dict:
+    """ExAccErr(l) = (R(l) - epsilon(l)) / epsilon(l) in percent (arXiv 2204.01171), with a
+    95 % bootstrap interval over problems. R and epsilon sum, up to position l, the mean KL
+    of the answers that reach it, on student and teacher prefixes [problems, samples, L]."""
     n = len(student)
-    rng = np.random.default_rng(0)
-    times = rng.multinomial(n, np.full(n, 1 / n), draws)  # how often a problem is drawn
-    times = np.concatenate([np.ones((1, n)), times])  # row 0: the estimate itself
-    def sum_of_means(kl: np.ndarray) -> np.ndarray:
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000)
+    times = np.vstack([np.ones(n), drawn])  # row 0: each problem once, the estimate itself
+    sums = []
+    for kl in (student, teacher):
         total = times @ np.nansum(kl, 1)
         count = times @ np.isfinite(kl).sum(1)
-        return np.cumsum(total / count, 1)  # [1 + draws, L]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        R = sum_of_means(student)
-        epsilon = sum_of_means(teacher)
-        curve = (R - epsilon) / epsilon * 100
+        sums.append(np.cumsum(total / count, 1))  # [1 + draws, L]
+    R, epsilon = sums
+    curve = (R - epsilon) / epsilon * 100
     curve[np.maximum(R, epsilon) < 1e-6] = 0  # but for rounding: p = q
-    end = int(np.isfinite(curve[0]).sum())  # where the last answer of one side ends
-    resampled = curve[1:, :end]
-    low, high = np.nanpercentile(resampled, (2.5, 97.5), axis=0)
-    return {"excess": curve[0, :end], "low": low, "high": high,
-            "R": R[0, :end], "epsilon": epsilon[0, :end]}
+    end = np.isfinite(curve[0]).sum()  # where the last answer of one side ends
+    low, high = np.nanpercentile(curve[1:, :end], (2.5, 97.5), axis=0)
+    return {
+        "excess": curve[0, :end], "low": low, "high": high,
+        "R": R[0, :end],
+        "epsilon": epsilon[0, :end],
+    }
 
-def exposure(args: argparse.Namespace) -> None:
+def exposure(args: Namespace) -> None:
     """ExAccErr: how much more a student errs on its own prefixes than on the teacher's."""
     dtype = data.compute_dtype(args)
     teacher, teacher_tokenizer = data.load(args.teacher, dtype, args.device)
     student, tokenizer = data.load(args.student, dtype, args.device)
     check(teacher_tokenizer.vocab == tokenizer.vocab, "exposure: different tokenizers")
-    problems = load_problems(args.benchmark, args.suffix)[:args.limit or None]
+    problems = load_problems(args.benchmark, args.suffix)[:args.limit]
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
     prompts.sort(key=len)
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
-    shape = len(prompts), args.samples, args.max_new_tokens
-    on_student = kl_along_samples(student, teacher, student, repeated, args)
-    on_teacher = kl_along_samples(teacher, teacher, student, repeated, args)
-    curve = exposure_curve(on_student.reshape(shape), on_teacher.reshape(shape))
+    kl = [kl_along_samples(author, teacher, student, repeated, args)
+          for author in (student, teacher)]
+    shape = 2, len(prompts), args.samples, args.max_new_tokens
+    curve = exposure_curve(*np.reshape(kl, shape))
     lines = []
     for i in range(len(curve["R"])):
-        line: dict = {"length": i + 1}
-        for key, column in curve.items():
-            line[key] = round(float(column[i]), 6)
-        lines.append(line)
+        numbers = {key: round(float(column[i]), 6) for key, column in curve.items()}
+        lines.append({"length": i + 1, **numbers})
     data.write_jsonl(args.out, lines)
     for line in lines[::max(len(lines) // 8, 1)]:
         print("ExAccErr({length}) = {excess:+.2f} % [{low:+.2f}, {high:+.2f}] of summed KL "
               "{epsilon:.4f}".format(**line))
 
 # ---- A page of traces, a table of runs
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD</title>
-<style>body { font: 16px/1.9 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
-              color: #111; background: #fff; padding: 0 1em; print-color-adjust: exact }
-p { white-space: pre-wrap; overflow-wrap: anywhere; break-inside: avoid; margin: 0 }
-.prompt { background: #f4f4f4; margin-top: 1.5em }
-</style><h1>DisCorD weights</h1>
-"""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DisCorD</title><style>
+body { font: 16px/1.9 sans-serif; max-width: 60em; margin: auto; print-color-adjust: exact }
+p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 0 1em }
+.prompt { background: #f4f4f4; margin-top: 1.5em }</style><h1>DisCorD weights</h1>"""
 
-def token_span(piece: str, w: float, title: str = "") -> str:
+def token_span(piece: str, w: float, title: str) -> str:
     """A token: orange if it counts less than in SFT, violet if it counts more."""
     rgb = "230,97,1" if w < 1 else "94,60,153"
-    opacity = abs(w - 1) * 0.7
-    style = f"background:rgba({rgb},{opacity:.2f})"
+    style = f"background:rgba({rgb},{abs(w - 1) * 0.7:.2f})"
     text = html.escape(piece).replace("\n", "\u21b5\n")
     return f'<span style="{style}" title="{title}">{text}</span>'
 
-def weights(args: argparse.Namespace) -> None:
+def weights(args: Namespace) -> None:
     """Write a page of the first ten traces, each token in the color of its weight."""
     tokenizer, _, examples, logps = data.load_scored(args.student, args, True, 10)
     page = [PAGE, f"<p>w = 2 sigmoid((log q - log p) / {args.tau:g}), student "
             f"{html.escape(args.student)}. Orange tokens count less than in SFT, violet "
             "ones more. Point at one to see q, p and w."]
-    for example, q_logp in zip(examples, logps, strict=True):
-        start, p_logp = example.prompt_length, example.teacher_logp
-        pair = torch.tensor(q_logp), torch.tensor(p_logp)
-        w = loss.discord_weight(*pair, args.tau)
-        prompt = tokenizer.decode(example.tokens[:start].tolist())
-        page.append(f'</p>\n<p class="prompt">{html.escape(prompt)}</p>\n<p>')
-        stream = DecodeStream(skip_special_tokens=False)
-        for i, token in enumerate(example.tokens[start:].tolist()):
-            piece = stream.step(tokenizer.backend, token) or ""  # part of a character
-            q = math.exp(q_logp[i])
-            p = math.exp(p_logp[i])
-            title = f"q {q:.3g}, p {p:.3g}, w {w[i]:.3f}"
+    for example, logp in zip(examples, logps, strict=True):
+        prompt, response = np.split(example.tokens, [example.prompt_length])
+        text = html.escape(tokenizer.decode(prompt.tolist()))
+        page.append(f'</p>\n<p class="prompt">{text}</p>\n<p>')
+        q_logp = torch.tensor(logp)
+        p_logp = torch.tensor(example.teacher_logp)
+        w = loss.discord_weight(q_logp, p_logp, args.tau)
+        for i, piece in enumerate(tokenizer.pieces(response)):
+            title = f"q {q_logp[i].exp():.3g}, p {p_logp[i].exp():.3g}, w {w[i]:.3f}"
             page.append(token_span(piece, w[i].item(), title))
         page.append(f" (mean weight {w.mean():.3f})")
     with data.atomic_write(args.out) as temporary:
         temporary.write_text("".join(page), encoding="utf-8")
     print(f"{args.out}: {len(logps)} traces")
 
-def report(args: argparse.Namespace) -> None:
+def report(args: Namespace) -> None:
     """Print a table of finished runs: accuracy +- standard error in their answers."""
     table = []
     for folder in map(Path, args.runs):
@@ -455,16 +398,12 @@ def report(args: argparse.Namespace) -> None:
         row["steps"] = str(run["steps"])
         row["seconds"] = f"{run['seconds']:.0f}"
         table.append(row)
-    names = list(dict.fromkeys(name for row in table for name in row))
-    table.insert(0, {name: name for name in names})
-    widths = {}
-    for name in names:
-        cells = [row.get(name, "") for row in table]
-        widths[name] = max(map(len, cells))
-    table.insert(1, {name: "-" * widths[name] for name in names})
-    for row in table:
-        cells = [row.get(name, "").ljust(widths[name]) for name in names]
-        print("|", " | ".join(cells), "|")
+    names = {name: name for row in table for name in row}
+    rows = [[row.get(name, "") for name in names] for row in (names, *table)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    for cells in rows:
+        print("|", " | ".join(map(str.ljust, cells, widths)), "|")
 
 # ---- Grading: is the final answer of a text the gold answer?
 # - In doubt the verdict is "no": a refused right answer is one trace less, an accepted
@@ -528,8 +467,7 @@ def extract_answer(text: str, gold: bool = False) -> str:
         return places[0][1]
     return said[-1] if said else sentence
 
-FUNCTIONS = {name: getattr(cmath, name) for name in ("sqrt", "sin", "cos", "tan")}
-FUNCTIONS["frac"] = operator.truediv
+FUNCTIONS = {**vars(cmath), "frac": operator.truediv}  # to_python calls those in CALLS
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
 CALLS = "frac|sqrt|sin|cos|tan"
 NAMES = "pi|infty|theta|alpha|beta|dozen|hundred|thousand|million|billion"
@@ -640,64 +578,62 @@ OPERATORS: dict = {
     ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg,
     ast.Pow: lambda x, y: x ** y if abs(y) * len(str(x)) < 2 * LONGEST else math.nan}
 
-def value_at(node: Any, point: int):
+def value_at(node, point: int):
     """The value of a formula, with a random number of either sign for a letter."""
     match node:
-        case ast.Constant(value=number):
+        case ast.Constant(number):
             return Fraction(str(number))
-        case ast.Name(id=name):
+        case ast.Name(name):
             number = random.Random(f"{point}{name}").randrange(-1999, 1999)
             return CONSTANTS.get(name, Fraction(number, 997))
-        case ast.UnaryOp(op=op, operand=operand):
+        case ast.UnaryOp(op, operand):
             return OPERATORS[type(op)](value_at(operand, point))
-        case ast.BinOp(left=left, op=op, right=right):
+        case ast.BinOp(left, op, right):
             return OPERATORS[type(op)](value_at(left, point), value_at(right, point))
-        case ast.Call(func=ast.Name(id=name), args=arguments):
+        case ast.Call(ast.Name(name), arguments):
             return FUNCTIONS[name](*[value_at(argument, point) for argument in arguments])
     raise ValueError(f"{node} is not in the grammar")
 
 # ---- The command line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    positive, count = data.bounded(int, 1), data.bounded(int, 0)
-    def add_problem_options(add: Callable, samples: int) -> None:
+    positive = data.bounded(int, 1)
+    model = "HF folder or Hub name"
+    required = {
+        accuracy: {"--model": model},
+        exposure: {"--teacher": model, "--student": model, "--out": "CURVE.jsonl"},
+        weights: {"--student": model, "--traces": "T.jsonl, scored", "--out": "PAGE.html"},
+    }
+    for function, options in required.items():
+        add = data.add_command(commands, function)
+        for name, about in options.items():
+            add(name, required=True, help=about)
+        data.add_model_options(add)
+        if function is weights:
+            add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
+                help="temperature of the weight")
+            continue
         add("--benchmark", required=True, help=f"{', '.join(BENCHMARKS)}; with a split: "
             "gsm8k:train; or FILE.jsonl")
         add("--suffix", help="text after each question that asks for no \\boxed; box, the "
             f"default for a benchmark with a name, is {SUFFIX!r}")
-        add("--limit", type=count, default=0, help="only the first N problems; 0 is all")
+        add("--limit", type=positive, help="only the first N problems (default: all)")
+        samples = 1 if function is accuracy else 4
         add("--samples", type=positive, default=samples, help="answers per problem")
-        add("--max-new-tokens", type=positive, default=1024,
-            help="of an answer; what is longer is cut off")
+        add("--max-new-tokens", type=positive, default=1024, help="tokens of an answer")
         size = 256 if torch.cuda.is_available() else 16
         add("--batch-size", type=positive, default=size, help="answers at a time")
-        add("--seed", type=count, default=0, help="of the answers")
-        data.add_model_options(add)
-
-    add = data.add_command(commands, accuracy)
-    add("--model", required=True, help="HF folder or Hub name")
-    add_problem_options(add, samples=1)
-    add("--temperature", type=data.bounded(float, 0), default=0.0,
-        help="of sampling; 0 is greedy")
-    add("--out", help="OUT.jsonl: a record per answer; a teacher's are traces (default: "
-        "BENCHMARK-DECODING.jsonl in the model's folder, or in runs/answers/NAME)")
-    add("--resume", action="store_true", help="continue an interrupted evaluation")
+        add("--seed", type=data.bounded(int, 0), default=0, help="of the answers")
+        if function is accuracy:
+            add("--temperature", type=data.bounded(float, 0), default=0.0,
+                help="of sampling; 0 is greedy")
+            add("--out", help="OUT.jsonl: a record per answer (default: BENCHMARK-DECODING"
+                ".jsonl in the model's folder, or in runs/answers/NAME)")
+            add("--resume", action="store_true", help="continue an interrupted evaluation")
     add = data.add_command(commands, compare)
     add("a", help="A.jsonl, from `accuracy`")
     add("b", help="B.jsonl: answers to the same problems")
-    add = data.add_command(commands, exposure)
-    add("--teacher", required=True, help="HF folder or Hub name")
-    add("--student", required=True, help="HF folder or Hub name")
-    add("--out", required=True, help="CURVE.jsonl: a line per length")
-    add_problem_options(add, samples=4)
-    add = data.add_command(commands, weights)
-    add("--student", required=True, help="HF folder or Hub name")
-    add("--traces", required=True, help="T.jsonl with teacher_logprobs")
-    add("--out", required=True, help="PAGE.html: opens in any browser")
-    add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
-        help="temperature of the weight")
-    data.add_model_options(add)
     add = data.add_command(commands, report)
     add("runs", nargs="+", help="folders of train.py, with answers of `accuracy` in them")
     args = parser.parse_args(argv)
