@@ -258,7 +258,7 @@ def accuracy(args: Namespace) -> None:
 
 def edited_since(records: list[dict]) -> str:
     """Which files that shape an answer were edited since the first of these? "" if none."""
-    code = records[0]["setup"]["code"] if records else data.CODE
+    code = records[0]["setup"].get("code", {}) if records else data.CODE
     return data.edited(code, "model.py", "data.py", "evaluate.py")
 
 def compare(args: Namespace) -> None:

@@ -490,7 +490,7 @@ def accuracy_panel(axis: Axes, world: World) -> None:
             values = column[key]
             axis.errorbar(np.mean(values), y + offset, xerr=half_interval(values), marker="o",
                           markersize=8, capsize=3, color=color, markerfacecolor=fill)
-    axis.set(xlim=(0, 1.04), xlabel="accuracy")
+    axis.set(xlim=(0, 1.04), xlabel="accuracy", xticks=(0, 0.5, 1))
     axis.grid(axis="x", color="0.85")
 
 def ways_panel(axis: Axes) -> None:
@@ -502,6 +502,7 @@ def ways_panel(axis: Axes) -> None:
     for line in np.cumsum(TEACHER_SHARES)[:-1]:
         axis.axvline(line, color="black", linestyle=":")
     axis.set(title="Shares of the four ways", xlabel="dotted: the teacher's")
+    axis.set_xticks((0, 0.5, 1))
 
 def draw_result() -> None:
     figure, axes = plot.subplots(1, 3, figsize=(10.4, 4.6), layout="constrained", sharey=True)
@@ -528,8 +529,8 @@ def figures() -> None:
     shares_panel(table)
     handles, labels = toy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=11)
-    table.legend(loc="upper center", bbox_to_anchor=(0.2, -0.18), ncols=2, fontsize=10,
-                 handletextpad=0.2, columnspacing=0.8)
+    handles, labels = table.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=11)
     figure.savefig(FIGURES / "study.png")
 
 PARTS = {
