@@ -154,6 +154,7 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
     record = {
         **problem,
         "rendered": tokenizer.apply_chat_template(data.get_messages(problem, "")),
+        "prompt_tokens": len(prompt) - len(prefix),  # a student with another one is told
         "response": response,
         "finished": finished,
         "teacher_logprobs": data.round_logp(logp),

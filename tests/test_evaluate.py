@@ -112,7 +112,8 @@ def test_verdicts_and_summary(toy_model):
     assert records[0] == {"id": 1, "prompt": "1 a+2", "answer": "5", "sample": 0, "correct": True,
                           "response": "f=5 #### 5", "finished": True, "extracted": "5",
                           "rendered": "<user> 1 a+2 <assistant>", "temperature": 0.0,
-                          "teacher_logprobs": [-0.1235] * 4, "vocab": tokenizer.vocab_hash}
+                          "prompt_tokens": 4, "teacher_logprobs": [-0.1235] * 4,
+                          "vocab": tokenizer.vocab_hash}
     assert records[2]["tokens"] == tokenizer.encode("a=5 b=5 c=5 d=5 e=5")
     got = evaluate.summarize(records)
     assert got["accuracy"] == pytest.approx(1 / 3)
