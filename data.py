@@ -109,7 +109,7 @@ class Tokenizer:
         return self.encode(text, bos=self.template is None)  # a template writes BOS itself
 
     def knows(self, ids: object) -> bool:
-        """Is this a list of ids?"""
+        """Is this a list of ids of this tokenizer?"""
         known = range(self.vocab_size)
         return isinstance(ids, list) and all(type(i) is int and i in known for i in ids)
 
@@ -212,6 +212,7 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
     return ids
 
 def read_logprobs(record: dict, count: int, tokenizer: Tokenizer, where: str) -> np.ndarray:
+    """`teacher_logprobs`, one for each of `count` response tokens: [count] float32."""
     check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
           "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
     values = record.get("teacher_logprobs") or []
@@ -355,7 +356,8 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
 
 def load_scored(path_or_repo: str, args: argparse.Namespace, need_logprobs: bool,
                 count: int | None = None) -> tuple:
-    """The tokenizer; records and examples of --traces; the model's log q of each."""
+    """Tokenizer, records, examples, and a model's log-probabilities of the responses; of
+    all usable traces in --traces, or of the first `count`."""
     model, tokenizer = load(path_or_repo, compute_dtype(args), args.device)
     records: list = []
     examples, dropped = load_traces(args.traces, tokenizer, need_logprobs=need_logprobs,
@@ -363,7 +365,7 @@ def load_scored(path_or_repo: str, args: argparse.Namespace, need_logprobs: bool
                                     records=records)
     print(f"{args.traces}: {len(records)} traces; dropped: {dict(dropped) or 'none'}")
     examples = examples[:count]
-    return tokenizer, records, examples, response_logp(model, examples)
+    return tokenizer, records[:count], examples, response_logp(model, examples)
 
 def score(args: argparse.Namespace) -> None:
     """Add a local teacher's log-probabilities to traces."""
@@ -431,8 +433,9 @@ def mix(args: argparse.Namespace) -> None:
             if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
                 ids = ids[:-1]
             problem: dict = {"id": f"{name}/{record.get('sample', 0)}"}
-            for key in {"prompt", "messages"} & record.keys():
-                problem[key] = record[key]
+            for key in ("prompt", "messages"):
+                if key in record:
+                    problem[key] = record[key]
             problem["answer"] = text_field(record, where, "answer")
             end = rng.randint(len(ids) // 2 + 1, len(ids))
             problem["prefix"] = ids[:end]
@@ -467,6 +470,7 @@ def main(argv: list[str] | None = None) -> None:
     args.run(args)
 
 # ---- Files and command lines, for the three programs
+# How files that are not JSONL begin.
 FORMATS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:

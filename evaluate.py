@@ -67,7 +67,7 @@ def download_benchmark(name: str) -> Path:
                 check(not row["truncated_cells"], f"row {len(rows)} is cut")
                 rows.append(row["row"])
             total = page["num_rows_total"]
-    except (OSError, ValueError, errors.HTTPError) as error:
+    except (OSError, ValueError, LookupError, TypeError, errors.HTTPError) as error:
         raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.200}"
                        ) from error
     data.write_jsonl(file, rows)
@@ -93,12 +93,14 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
             record["prompt"] = data.text_field(record, where, *QUESTIONS)
         if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
             last[key] += suffix
-        golds = (record[name] for name in GOLDS if record.get(name) not in (None, "", []))
-        gold = next(golds, "")
+        golds = [record[name] for name in GOLDS if name in record]
+        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+        golds = [gold for gold in golds if gold not in (None, []) and str(gold).strip()]
+        gold = golds[0] if golds else ""
         check(not isinstance(gold, dict), f"{where}: the answer is an object")
         parts = gold if isinstance(gold, list) else [gold]
         record["answer"] = ", ".join(map(str, parts))
-        if record["answer"].strip():
+        if golds:
             problems.append({key: record[key] for key in PROBLEM if key in record})
         else:
             print(f"{where}: dropped, its answer is empty")
@@ -109,9 +111,10 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
 # ---- Answers and their accuracy
 def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
     """Prompt as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
-    where = f"problem {problem['id']}"
-    turns = data.get_messages(problem, where)
-    return tokenizer.encode_prompt(turns, where) + problem.get("prefix", [])
+    where, prefix = f"problem {problem['id']}", problem.get("prefix", [])
+    check(tokenizer.knows(prefix), f"{where}: prefix: not ids of the tokenizer in "
+          f"{tokenizer.folder}")
+    return tokenizer.encode_prompt(data.get_messages(problem, where), where) + prefix
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                      samples: int = 1, temperature: float = 0.0,
@@ -170,12 +173,14 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
 def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
     records = [record for _, record in data.read_jsonl(path)]
+    check(records, f"{path}: the file is empty")
     check(all("setup" in record for record in records),
           f"{path}: expected a file that `accuracy` wrote")
     return records
 
 def summarize(records: list[dict]) -> dict:
-    """avg@k with its standard error over problems, pass@k, mean length, share cut off."""
+    """avg@k with its standard error over problems, pass@k, mean length, share cut off, and
+    `per_problem`: (id, gold answer) -> share of its answers that are right."""
     verdicts = defaultdict(list)
     for record in records:
         problem = str(record["id"]), record["answer"]
@@ -234,7 +239,8 @@ def accuracy(args: Namespace) -> None:
           "continue or to print it, or remove the file")
     if part.exists():
         data.cut_half_line(part)
-    records = read_answers(file) if file.exists() else []
+    begun = file.exists() and file.stat().st_size
+    records = read_answers(file) if begun else []
     for record in records:
         data.check_same_settings(file, record["setup"], setup)
     if names := edited_since(records):
@@ -303,7 +309,7 @@ def kl_along_samples(author: Transformer, teacher: Transformer, student: Transfo
             kl = kl[len(ids):]
     return result
 
-@np.errstate(all="ignore")  # 0 / 0 where nobody is left
+@np.errstate(invalid="ignore", divide="ignore")  # 0 / 0 where nobody is left
 def exposure_curve(student: np.ndarray, teacher: np.ndarray) -> dict:
     """ExAccErr(l) = (R(l) - epsilon(l)) / epsilon(l) in percent (arXiv 2204.01171), with a
     95 % bootstrap interval over problems. R and epsilon sum, up to position l, the mean KL
@@ -322,7 +328,9 @@ def exposure_curve(student: np.ndarray, teacher: np.ndarray) -> dict:
     end = np.isfinite(curve[0]).sum()  # where the last answer of one side ends
     low, high = np.nanpercentile(curve[1:, :end], (2.5, 97.5), axis=0)
     return {
-        "excess": curve[0, :end], "low": low, "high": high,
+        "excess": curve[0, :end],
+        "low": low,
+        "high": high,
         "R": R[0, :end],
         "epsilon": epsilon[0, :end],
     }

@@ -34,7 +34,7 @@ from torch import Tensor
 TAU = 0.7
 
 def fp32(x: Tensor) -> Tensor:
-    """At least fp32. bf16 rounds log q between -32 and -16 by up to 0.06, a q/p by 6 %."""
+    """At least fp32. bf16 shifts a log q of -16 to -32 by up to 0.06, and so q/p by 6 %."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def log_softmaxes(q_logits: Tensor, p_logits: Tensor) -> tuple[Tensor, Tensor]:

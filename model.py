@@ -68,10 +68,10 @@ class Config(SimpleNamespace):
         self.intermediate_size = number("intermediate_size")
         self.num_hidden_layers = number("num_hidden_layers")
         heads = self.num_attention_heads = number("num_attention_heads")
-        no_sharing = heads if self.model_type == "llama" else None
-        self.num_key_value_heads = number("num_key_value_heads", no_sharing)
-        width = 128 if self.model_type == "qwen3" else self.hidden_size // heads
-        self.head_dim = number("head_dim", width)
+        default_heads = heads if self.model_type == "llama" else None
+        self.num_key_value_heads = number("num_key_value_heads", default_heads)
+        default_dim = 128 if self.model_type == "qwen3" else self.hidden_size // heads
+        self.head_dim = number("head_dim", default_dim)
         self.max_position_embeddings = number("max_position_embeddings", 10 ** 9)
         self.rms_norm_eps = number("rms_norm_eps", 1e-6, float)
         self.rope_theta = number("rope_theta", 1e4, float)
@@ -305,10 +305,10 @@ class Transformer(nn.Module):
         with torch.device("meta"):  # takes no memory until the weights come
             network = cls(Config(read_json(file), file))
         state = read_weights(folder, dtype, device)
-        head = state.get("lm_head.weight")
-        tied = network.config.tie_word_embeddings and head is not None
-        if tied and head.equal(state.get("model.embed_tokens.weight", head[:0])):
-            del state["lm_head.weight"]  # it was saved twice
+        if network.config.tie_word_embeddings and "lm_head.weight" in state:
+            embedding = state.get("model.embed_tokens.weight")
+            if embedding is not None and embedding.equal(state["lm_head.weight"]):
+                del state["lm_head.weight"]  # it was saved twice
         try:
             network.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:

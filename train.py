@@ -172,17 +172,21 @@ def resample_on_policy(student: Transformer, micro_batches: list[list[data.Examp
             examples[i] = data.Example(np.array(prompt + ids), len(prompt))
 
 # ---- What is said about a run
+def has_ratio(objective: str) -> bool:
+    """Does the weight compare q(y) with p(y)? Then it needs log p(y) of each token."""
+    _, weight = loss.OBJECTIVES[objective]
+    return weight not in (None, loss.dft_weight)
+
 def check_objective(args: argparse.Namespace) -> None:
     name = f"--objective {args.objective}"
-    token_loss, weight = loss.OBJECTIVES[args.objective]
+    token_loss, _ = loss.OBJECTIVES[args.objective]
     if token_loss is not loss.sft:
         check(args.teacher, f"{name} needs the whole distribution of the teacher: give "
               "--teacher. sft, dft and discord need none")
         return
     check(not args.on_policy, f"--on-policy: {name} learns from the teacher's tokens; kl, "
           "rkl, todi and gkd can judge the student's own")
-    if weight in (None, loss.dft_weight):
-        check(not args.teacher, f"{name} uses no --teacher")
+    check(has_ratio(args.objective) or not args.teacher, f"{name} uses no --teacher")
 
 def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
                  args: argparse.Namespace) -> None:
@@ -224,12 +228,16 @@ def peak_memory_gb(device: str) -> float:
 # ---- Runs and checkpoints
 TRAINING_CODE = "model.py", "data.py", "loss.py", "train.py"
 
+def saved_run(folder: Path) -> dict:
+    """The run.json of a folder, or {}. A finished run has `seconds`."""
+    file = folder / "run.json"
+    return read_json(file) if file.exists() else {}
+
 def load_run(args: argparse.Namespace) -> dict:
     """run.json of --out if it has the same options; for a new folder, a beginning of it.
     A run keeps its dtype when it continues on another device."""
     out = Path(args.out)
-    file = out / "run.json"
-    run = read_json(file) if file.exists() else {}
+    run = saved_run(out)
     args.dtype = args.dtype or run.get("options", {}).get("dtype")
     args.dtype = data.compute_dtype(args)
     options = dict(vars(args))
@@ -243,7 +251,7 @@ def load_run(args: argparse.Namespace) -> dict:
         return {"options": options, "code": data.CODE}
     check(args.resume, f"{out}: holds a run already; add --resume to continue it, or "
           "choose another --out")
-    data.check_same_settings(file, run.get("options", {}), options)
+    data.check_same_settings(out / "run.json", run.get("options", {}), options)
     names = data.edited(run.get("code", {}), *TRAINING_CODE)
     check(not names or "seconds" not in run, f"{out}: finished, but {names} changed since: "
           "to train again, choose another --out or remove the folder")
@@ -293,16 +301,13 @@ def train(args: argparse.Namespace) -> dict:
             block.compile()
     teacher = None
     if args.teacher:
-        teacher, teacher_tokenizer = data.load(args.teacher, data.compute_dtype(args),
-                                               args.device)
+        teacher, teacher_tokenizer = data.load(args.teacher, args.dtype, args.device)
         teacher.requires_grad_(False)
         check(teacher_tokenizer.vocab == tokenizer.vocab, f"vocabulary mismatch: "
               f"{args.teacher} and {args.student} have different tokenizers")
 
     # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
-    _, weight = loss.OBJECTIVES[args.objective]
-    has_ratio = weight not in (None, loss.dft_weight)
-    need_logprobs = has_ratio and teacher is None
+    need_logprobs = has_ratio(args.objective) and teacher is None
     max_length = min(args.max_length, student.config.max_position_embeddings)
     examples, dropped = data.load_traces(args.traces, tokenizer, max_length, need_logprobs)
     traces_per_step = args.batch_size * args.grad_accum
@@ -389,7 +394,7 @@ def train(args: argparse.Namespace) -> dict:
         progress.write(" ".join(columns), sys.stdout)
         printed += 1
         for sign, warning in collapse_warnings(line, first_loss).items():
-            if has_ratio and sign not in warned:
+            if has_ratio(args.objective) and sign not in warned:
                 progress.write(f"warning: {warning}", sys.stdout)
                 warned.add(sign)
         if save:
@@ -483,19 +488,18 @@ def build_toy(root: Path, seed: int) -> None:
 
 def is_kept(folder: Path) -> bool:
     """The toy's teacher and student are trained once, whatever is edited later."""
-    file = folder / "run.json"
-    finished = file.exists() and "seconds" in read_json(file)
+    finished = "seconds" in saved_run(folder)
     if finished:
         print(f"{folder}: kept; remove the folder to train it anew")
     return finished
 
 def forget_old_code(folder: Path) -> None:
     """After an edit, a run of the toy is made again."""
-    if (folder / "run.json").exists():
-        names = data.edited(read_json(folder / "run.json").get("code", {}), *TRAINING_CODE)
-        if names:
-            print(f"{folder}: {names} changed, so it is trained again")
-            shutil.rmtree(folder)
+    run = saved_run(folder)
+    names = data.edited(run.get("code", {}), *TRAINING_CODE)
+    if run and names:
+        print(f"{folder}: {names} changed, so it is trained again")
+        shutil.rmtree(folder)
 
 def toy(args: argparse.Namespace) -> None:
     """Build the toy world in --out. What is there is used again, unless code changed."""

@@ -110,6 +110,7 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("accuracy", {}, "--benchmark m", "Is a directory: 'm'"),
     ("train", {}, "--out t.jsonl", "t.jsonl"),
     ("compare", {}, "", "t.jsonl: expected a file that `accuracy` wrote"),
+    ("compare", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
     ("report", {}, "", "m/run.json: missing"),
     ("report", {"m/run.json": b'{"options": {}}'}, "", "m: not finished; add --resume to its com"),
     # ---- traces
@@ -166,7 +167,11 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("accuracy", problem(prompt=..., question=" "), "", "prompt or question or problem = ' '"),
     ("accuracy", problem(prompt="\ud800"), "", "p.jsonl line 1: not valid JSON"),
     ("accuracy", problem(answer={"value": 1}), "", "p.jsonl line 1: the answer is an object"),
-    *[("accuracy", problem(answer=gold), "", "p.jsonl: no problems") for gold in ("", " ", ...)],
+    ("accuracy", problem(answer=...), "", "p.jsonl line 1: no answer or .*; it has id, prompt"),
+    *[("accuracy", problem(answer=gold), "", "p.jsonl: no problems") for gold in ("", " ")],
+    *[("accuracy", problem(prefix=prefix), "", "problem 1: prefix: not ids of the tokenizer in m")
+      for prefix in ("abc", [10 ** 9], [None], [5.0], [True])],
+    ("exposure", problem(prefix=[129]), "", "problem 1: prefix: not ids"),
     ("accuracy", problem(messages=[]), "", "p.jsonl line 1: messages: not a list of turns"),
     ("accuracy", {"p.jsonl": 2 * b'{"id": 1, "prompt": "x", "answer": "1"}\n'}, "", "the same id"),
     ("accuracy", {}, "--benchmark gsm9k", "gsm9k: no such file; the benchmarks with a name are"),

@@ -124,7 +124,7 @@ MUTANTS = [
     ("train.py", "            number += 1\n", ""),
     ("train.py", "for examples in micro_batches for example in examples)", "for example in micro_batches[0])"),
     ("train.py", "> 1.5 * start + 0.5", "> 1.5 * start"),
-    ("train.py", "has_ratio = weight not in (None, loss.dft_weight)", "has_ratio = weight is not None"),
+    ("train.py", "return weight not in (None, loss.dft_weight)", "return weight is not None"),
     ("train.py", 'check(not names or "seconds" not in run,', "check(True,"),
     ("train.py", '    if names:\n        print(f"{out}: {names} changed since this run began")\n', ""),
     ("train.py", "        forget_old_code(runs[-1])\n", ""),

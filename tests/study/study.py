@@ -32,7 +32,7 @@ import data
 import evaluate
 import loss
 import train
-from model import check, read_json
+from model import check
 
 ROOT = Path("runs/study")
 COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
@@ -148,8 +148,7 @@ def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
     command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
     args = train.parse_args(command.split())
-    file = out / "run.json"
-    run = read_json(file) if file.exists() else {}
+    run = train.saved_run(out)
     if "seconds" not in run:
         return train.train(args)
     for key in ("student", "traces", "steps", "lr", "tau", "seed"):
