@@ -1,6 +1,6 @@
 """Distill a student from a teacher's traces on one device. Without arguments: a toy world.
 
-    python train.py                                   # about two minutes on two CPU cores
+    python train.py                                   # about three minutes on two cores
     python train.py --student Qwen/Qwen2.5-0.5B-Instruct --traces traces.jsonl --out runs/my
 
 --out becomes the Hugging Face folder of the trained student, with run.json (how it was

@@ -2,8 +2,8 @@
 
 A limit of lines alone rewards squeezed lines, so Python tokens per line of code count as well
 (a line of code is no blank, comment or docstring line). Small, readable projects have 5 to 11.
-A file that is too dense, too wide, or has a long function fails. One that is too long does not:
-the cure for that is a feature less, and nobody should squeeze lines to make this pass.
+A file that is too dense, too wide, or has a long function fails. Code or a page under tests/ that
+is too long does not: the cure is a feature less, and nobody should squeeze lines to pass.
 """
 
 import ast
@@ -16,7 +16,7 @@ TOKENS = {"loss.py": 14.5, "model.py": 11.5, "data.py": 10.5, "evaluate.py": 10.
           "train.py": 10.5}  # per line of code; loss.py has formulas
 LINES, ALL_LINES, WIDTH = 540, 1900, 92
 LONGEST = 60  # lines of a function; train.train is read from top to bottom
-README_LINES, README_WIDTH = 200, 100
+README_LINES, PAGE_LINES, README_WIDTH = 200, 160, 100  # a page is a README under tests/
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
 
@@ -40,10 +40,9 @@ def measure(path: Path) -> tuple[int, int, float, int]:
 def main() -> None:
     over, total = False, 0
 
-    def row(name: str, *pairs: tuple[float, float]) -> bool:
+    def row(name: str, *pairs: tuple[float, float]) -> None:
         cells = [f"{found:.4g} of {most:g}" + " (!)" * (found > most) for found, most in pairs]
         print(f"| {name:24} |", " | ".join(f"{cell:17}" for cell in cells), "|")
-        return any(found > most for found, most in pairs)
 
     print("| file                     | lines | widest | tokens a line | longest function |")
     print("|---|--:|--:|--:|--:|")
@@ -55,10 +54,12 @@ def main() -> None:
     row("all five", (total, ALL_LINES))
     for file in [HOME / "README.md", *sorted((HOME / "tests").rglob("README.md"))]:
         lines = file.read_text(encoding="utf-8").splitlines()
-        over |= row(str(file.relative_to(HOME)), (len(lines), README_LINES),
-                    (max(map(len, lines)), README_WIDTH))
+        width, main_page = max(map(len, lines)), file.parent == HOME
+        most = README_LINES if main_page else PAGE_LINES
+        row(str(file.relative_to(HOME)), (len(lines), most), (width, README_WIDTH))
+        over |= width > README_WIDTH or (main_page and len(lines) > most)
     if over:
-        sys.exit("too dense, too wide, or a function too long")
+        sys.exit("too dense, too wide, a function too long, or README.md too long")
 
 
 if __name__ == "__main__":
