@@ -9,14 +9,15 @@ A trace is one JSON object per line:
 and can end in the response. Optional: `tokens`, the ids of the response and its end of
 turn; `teacher_logprobs`, the log-probability of each (natural log, temperature 1);
 `prompt_tokens` (ids or their number), which must be those of the student's prompt; `vocab`,
-which must be the hash of its tokenizer. A trace with a false `correct` or `finished` is
-dropped and counted. Its path: load_traces, encode_trace, step_examples,
+which must be the hash of its tokenizer. A trace with a false `correct`, `finished`, `train`
+or `weight` is dropped and counted. Its path: load_traces, encode_trace, step_examples,
 [train.resample_on_policy], collate, train.backward, loss.token_losses.
 """
 
 import argparse
 import hashlib
 import inspect
+import io
 import json
 import math
 import random
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
 import loss
-from model import BadInput, Transformer, check, model_folder, read_json
+from model import BadInput, Transformer, check, model_folder, read_eos, read_json
 
 # ---- Tokenizer and chat template
 class Tokenizer:
@@ -49,8 +50,10 @@ class Tokenizer:
 
     def __init__(self, path_or_repo: str | Path):
         self.folder = model_folder(path_or_repo)
-        file = self.folder / "tokenizer_config.json"
-        config = read_json(file) if file.exists() else {}
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (self.folder / name).exists():
+                config |= read_json(self.folder / name)
         self.backend = read_tokenizer(self.folder / "tokenizer.json", config)
         self.template = read_chat_template(self.folder, config)
         self.special_tokens = {}  # "eos_token" and so on; templates print them
@@ -62,10 +65,19 @@ class Tokenizer:
         self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
         words = "\n".join(sorted(self.vocab, key=self.vocab.__getitem__))
         self.vocab_hash = hashlib.sha256(words.encode()).hexdigest()[:8]
+        self.adds_space = ("\u2581" in self.vocab
+                           or '"add_prefix_space":true' in self.backend.to_str())
         self.unknown_id = self.vocab.get(self.special_tokens.get("unk_token"))
+        self.special = {}  # id: text; ends, roles and the like, no words of a text
+        for i, token in self.backend.get_added_tokens_decoder().items():
+            if token.special:
+                self.special[i] = token.content
         self.eot_id = self.find_end_of_turn()
-        ends = [self.backend.id_to_token(self.eot_id), self.special_tokens.get("eos_token")]
-        self.ends = rf"(?:(?:{'|'.join(map(re.escape, filter(None, ends)))})\s*)+\Z"
+        self.special[self.eot_id] = self.backend.id_to_token(self.eot_id)
+        self.end_ids = {*self.special, *read_eos(self.folder)}  # that a teacher may end by
+        names = "|".join(map(re.escape, self.special.values()))
+        self.special_text = re.compile(names)
+        self.ends = re.compile(rf"(?:(?:{names})\s*)+\Z")
 
     def find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
@@ -105,8 +117,14 @@ class Tokenizer:
         for i, turn in enumerate(messages):
             check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
                   f"turn of role {turn['role']!r}; use system, user and assistant")
+            special = self.special_text.search(turn["content"])
+            check(not special, f"{where}: {special and special[0]} in a turn of role "
+                  f"{turn['role']}: is it rendered already? Give the plain text")
         text = self.apply_chat_template(messages, where)
-        return self.encode(text, bos=self.template is None)  # a template writes BOS itself
+        ids = self.encode(text, bos=self.template is None)  # a template writes BOS itself
+        if self.template is None and ids[-1:] == [self.eot_id]:  # BERT's way: <s> text </s>
+            return ids[:-1]
+        return ids
 
     def knows(self, ids: object) -> bool:
         """Is this a list of ids of this tokenizer?"""
@@ -118,10 +136,14 @@ class Tokenizer:
 
     def encode_response(self, text: str) -> list[int]:
         """The ids of a response and of one end of turn, which some texts have already.
-        SentencePiece puts a word mark before a text. After a prompt, there is none."""
-        start = "\n" if "\u2581" in self.vocab else ""
-        ids = self.encode(start + re.sub(self.ends, "", text))
+        Some tokenizers put a space before a text. After a prompt, there is none."""
+        start = "\n" if self.adds_space else ""
+        ids = self.encode(start + self.without_end(text))
         return [*ids[len(self.encode(start)):], self.eot_id]
+
+    def without_end(self, text: str) -> str:
+        """The text of a response, without special tokens at its end."""
+        return text[:-100] + self.ends.sub("", text[-100:])
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without its end-of-turn token."""
@@ -138,7 +160,10 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
          device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer. The model also stops at the template's end of turn, which
     the config of a base model does not name (Qwen2.5: <|im_end|>)."""
-    check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: no CUDA here")
+    if device != "cpu":
+        index = int(device.removeprefix("cuda").lstrip(":") or 0)
+        check(index < torch.cuda.device_count(), f"--device {device}: no such GPU here")
+        torch.cuda.set_device(index)  # where graphs are recorded
     tokenizer = Tokenizer(path_or_repo)
     model = Transformer.from_pretrained(tokenizer.folder, getattr(torch, dtype), device)
     check(tokenizer.vocab_size <= model.vocab_size, f"{path_or_repo}: vocabulary mismatch: "
@@ -156,12 +181,18 @@ class Example(NamedTuple):
 
 TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "prompt_tokens",
                 "teacher_logprobs", "vocab", "finished", "correct", "teacher",
-                "temperature", "sample", "rendered", "extracted", "setup"}
-# Fields that hold a part of a trace or of a turn, and that nothing here reads.
-TO_TEXT = 'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer'
+                "temperature", "sample", "rendered", "extracted", "setup", "weight",
+                "train", "truncated", "finish_reason"}
+TURN_FIELDS = {"role", "content", "weight", "train"}
+# Fields of a record or a turn that nothing reads, though they change what it says.
 UNSUPPORTED_FIELDS = {
-    "reasoning_content": TO_TEXT, "reasoning": TO_TEXT, "thinking": TO_TEXT,
-    **dict.fromkeys(["tools", "tool_calls", "functions", "function_call"], "remove it")}
+    r"enable_thinking|chat_template_kwargs|system(_prompt)?|tools|functions|\w+_calls?|"
+    r"images?|audios?|videos?|documents|choices|options|context":
+        "write it into the text of the prompt, or remove it",
+    r"(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_(content|details|blocks|text|traces?|"
+    r"process|steps|trajector(y|ies)))?":
+        'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer',
+}
 
 def text_field(record: dict, where: str, *names: str) -> str:
     """The first of these fields that the record has. It must be text, and not empty."""
@@ -179,15 +210,28 @@ def get_messages(record: dict, where: str) -> list:
                   f"{where}: {name} format; write `messages` or `prompt` instead")
         turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
     check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
-    for fields in [record, *turns]:
-        for name, advice in UNSUPPORTED_FIELDS.items():
-            lost = isinstance(fields, dict) and fields.get(name)
-            check(not lost, f"{where}: {name} would be lost; {advice}")
     for turn in turns:
         valid = isinstance(turn, dict) and isinstance(turn.get("role"), str)
         check(valid and isinstance(turn.get("content"), str),
               f"{where}: messages: expected turns with role and content, both text")
+        check_fields(turn, where)
+    check_fields(record, where)
     return turns
+
+def check_fields(fields: dict, where: str) -> None:
+    """Refuse what would be lost, unless it is empty or a number, like a count."""
+    for name, value in fields.items():
+        if value not in (None, "", [], {}) and type(value) not in (int, float):
+            for pattern, advice in UNSUPPORTED_FIELDS.items():
+                check(not re.fullmatch(pattern, name), f"{where}: {name} would be lost; "
+                      f"{advice}")
+
+def unread_fields(record: dict, known: set) -> list[str]:
+    """The fields of a record and of its turns that nothing reads."""
+    names = [*record.keys() - known]
+    for turn in record.get("messages", []):
+        names += [f"messages.{name}" for name in turn.keys() - TURN_FIELDS]
+    return names
 
 def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
     messages = get_messages(record, where)
@@ -201,12 +245,15 @@ def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
     ids = record.get("tokens")
     if ids is None:
         return tokenizer.encode_response(response)
+    valid = isinstance(ids, list) and ids and all(type(i) is int for i in ids)
+    check(valid, f"{where}: tokens: expected a list of whole numbers")
+    cut_off = record.get("finished") not in (None, True)
+    body = ids if cut_off else ids[:-1]
     spelled = None
     if tokenizer.knows(ids):
-        finished = record.get("finished") in (None, True)
-        body = ids[:-1] if finished else ids
         spelled = tokenizer.backend.decode(body, skip_special_tokens=False)
-    check(ids and spelled == re.sub(tokenizer.ends, "", response),
+    ends = cut_off or (ids[-1] in tokenizer.end_ids and body[-1:] != [tokenizer.eot_id])
+    check(ends and spelled in (response, tokenizer.without_end(response)),
           f"{where}: tokens do not spell the response and its end of turn; of another "
           "tokenizer? Then remove them and teacher_logprobs; use --objective sft")
     return ids
@@ -217,8 +264,8 @@ def read_logprobs(record: dict, count: int, tokenizer: Tokenizer, where: str) ->
           "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
     values = record.get("teacher_logprobs") or []
     check(isinstance(values, list) and len(values) == count, f"{where}: teacher_logprobs: "
-          f"expected {count} numbers, one for each token and the end of turn, not "
-          f"{str(values)[:40]}; `python data.py score` makes them")
+          f"expected a list of {count} numbers, one for each token and its end, not "
+          f"{values!r:.40}; `python data.py score` makes them")
     for value in values:
         valid = type(value) in (int, float) and -math.inf < value <= 1e-3
         check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability: "
@@ -245,17 +292,33 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
         logp = read_logprobs(record, len(ids), tokenizer, where)
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
 
+DROPPED = {"finished": "unfinished", "correct": "wrong", "train": "not to train on",
+           "weight": "of weight 0"}
+STOPPED = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+
 def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
     """Why a trace is dropped; "" if it is usable."""
-    for name, reason in (("finished", "unfinished"), ("correct", "wrong")):
-        value = record.get(name)  # spreadsheets write 0 and 1; null is unknown
+    fields = {**get_messages(record, where)[-1], **record}
+    if fields.get("truncated") or fields.get("finish_reason") not in STOPPED:
+        fields.setdefault("finished", False)
+    for name, reason in DROPPED.items():
+        value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
         check(value in (None, False, True), f"{where}: {name} {value!r}: not true or false")
         if value == 0:
             return reason
     values = record.get("teacher_logprobs") if need_logprobs else None
-    if isinstance(values, list) and (None in values or -9999 in values):  # vLLM's -inf
-        return "with a log-probability of null or -9999"
+    for value in values if isinstance(values, list) else []:
+        if value is None or (type(value) in (int, float) and value < -1000):
+            return "with a log-probability of null or below -1000"  # servers' -infinity
     return ""
+
+def thinking_matches(example: Example, tokenizer: Tokenizer) -> bool:
+    """Does the response close once what it, or the template just before, opens?"""
+    prompt, response = np.split(example.tokens, [example.prompt_length])
+    before = tokenizer.decode(prompt[-16:].tolist())
+    opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
+    marks = re.findall("</?think>", opened + tokenizer.decode(response.tolist()))
+    return marks in ([], ["<think>", "</think>"])
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
                 need_logprobs: bool = False,
@@ -264,12 +327,14 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math
     lines. A long trace is not cut: half a trace teaches the student not to stop."""
     examples, dropped, unread, unknown = [], Counter(), Counter(), 0
     for where, record in progress(read_jsonl(path), "reading traces"):
-        unread.update(record.keys() - TRACE_FIELDS)
         reason = drop_reason(record, where, need_logprobs)
+        unread.update(unread_fields(record, TRACE_FIELDS))
         if not reason:
             example = encode_trace(record, tokenizer, where, need_logprobs)
             if len(example.tokens) > max_length:
                 reason = f"longer than {max_length} tokens"
+            elif not thinking_matches(example, tokenizer):
+                reason = "with <think> and </think> that do not match"
         if reason:
             dropped[reason] += 1
             continue
@@ -352,13 +417,15 @@ def response_logp(model: Transformer, examples: list, batch_size: int = 16) -> l
         for i in chosen:
             length = len(examples[i].tokens) - examples[i].prompt_length
             results[i], logp = logp[:length], logp[length:]
+            check(np.isfinite(results[i]).all(), f"{model.folder}: NaN or infinity among "
+                  "the log-probabilities; try --dtype float32, or other weights")
     return results
 
 def load_scored(path_or_repo: str, args: argparse.Namespace, need_logprobs: bool,
                 count: int | None = None) -> tuple:
     """Tokenizer, records, examples, and a model's log-probabilities of the responses; of
     all usable traces in --traces, or of the first `count`."""
-    model, tokenizer = load(path_or_repo, compute_dtype(args), args.device)
+    model, tokenizer = load(path_or_repo, compute_dtype(args, path_or_repo), args.device)
     records: list = []
     examples, dropped = load_traces(args.traces, tokenizer, need_logprobs=need_logprobs,
                                     max_length=model.config.max_position_embeddings,
@@ -473,6 +540,13 @@ def main(argv: list[str] | None = None) -> None:
 # How files that are not JSONL begin.
 FORMATS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"[": "a JSON array"}
 
+def no_duplicates(pairs: list[tuple]) -> dict:
+    """A JSON object. Of two values for one key, json.loads would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key twice among {', '.join(key for key, _ in pairs)}")
+    return found
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE line K", record) for each line that is not blank."""
     with open(path, "rb") as file:
@@ -484,7 +558,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 if number == 1 and line.startswith(start):
                     hint = f"; this is {name}, not an object on each line"
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=no_duplicates)
                 json.dumps(record, ensure_ascii=False).encode()  # no half of an emoji
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{where}: not valid JSON: {error!s:.200}{hint}") from error
@@ -500,14 +574,16 @@ def print_unread(path: str | Path, unread: Counter) -> None:
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path for a file or folder; move it to `path` once it is whole."""
-    temporary = Path(f"{path}.tmp")
+    target = Path(path).resolve()  # a link stays a link
+    check(target.is_file() or target.is_dir() or not target.exists(), f"{path}: not a file")
+    temporary = Path(f"{target}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        temporary.replace(path)
+        temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}). Older files are whole; make "
-                       "room and run the command again") from error
+        raise BadInput(f"{path}: cannot be written ({error}). Older files are whole; mend "
+                       "that and run the command again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
@@ -568,17 +644,34 @@ def add_command(commands: argparse._SubParsersAction, function: Callable) -> Cal
     command.set_defaults(run=function)
     return command.add_argument
 
+def device_name(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d)?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text}: only cpu, cuda and cuda:1 are implemented")
+
 def add_model_options(add: Callable) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu or cuda")
+    add("--device", type=device_name, default=device, help="cpu, cuda or cuda:1")
     add("--dtype", choices=["float32", "bfloat16"], help="of the computation (default: "
-        "bfloat16 on a GPU, float32 on a CPU)")
+        "float32 on a CPU; on a GPU, bfloat16 to train and the model's own to run it)")
 
-def compute_dtype(args: argparse.Namespace) -> str:
-    return args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+def compute_dtype(args: argparse.Namespace, model: str = "") -> str:
+    """--dtype or its default. bfloat16 would round most of a short training at 1e-5 away,
+    so a student, saved in float32, runs in float32."""
+    if args.dtype or args.device == "cpu":
+        return args.dtype or "float32"
+    if not model:
+        return "bfloat16"
+    config = read_json(model_folder(model) / "config.json")
+    own = config.get("dtype", config.get("torch_dtype"))
+    return "bfloat16" if own == "bfloat16" else "float32"
 
 def run_command(main: Callable, after_interrupt: str = "") -> None:
     """Run a program. Bad input and interrupts become one line, not a traceback."""
+    sys.stderr = sys.stderr or sys.stdout  # it was closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII
     try:
         main()
     except torch.OutOfMemoryError as error:
@@ -619,18 +712,24 @@ def raise_exception(message: str) -> None:
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                           extensions=["jinja2.ext.loopcontrols"])
 # Llama 3's template prints a date. It is always its default, so a prompt stays the same.
-TEMPLATES.globals.update(raise_exception=raise_exception,
+TEMPLATES.globals.update(raise_exception=raise_exception, tools=None, documents=None,
                          strftime_now=datetime(2024, 7, 26).strftime)
+TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's is for HTML
 
 def read_chat_template(folder: Path, config: dict) -> jinja2.Template | None:
     source, file = config.get("chat_template"), folder / "chat_template.jinja"
-    if file.exists():
-        source = file.read_text(encoding="utf-8")
     try:
+        if file.exists():
+            source = file.read_text(encoding="utf-8")
         if isinstance(source, list):  # several templates, each with a name
             source = {entry["name"]: entry["template"] for entry in source}["default"]
-        return TEMPLATES.from_string(source) if source else None
-    except (jinja2.TemplateError, LookupError, TypeError) as error:
+        if not source:
+            return None
+        # Training templates mark what an assistant says by {% generation %}.
+        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+        return TEMPLATES.from_string(source)
+    except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: chat template: {error!s:.300}") from error
 
 if __name__ == "__main__":

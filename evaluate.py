@@ -61,15 +61,18 @@ def download_benchmark(name: str) -> Path:
             reply = utils.http_backoff("GET", url, params=query, timeout=10,
                                        headers=utils.build_hf_headers(), base_wait_time=0.2)
             utils.hf_raise_for_status(reply)
+            kind = reply.headers.get("content-type", "")
+            check("html" not in kind, f"{url} sends a web page; is there a login?")
             page = reply.json()
             check(page["rows"], f"no rows after row {len(rows)}")
             for row in page["rows"]:
                 check(not row["truncated_cells"], f"row {len(rows)} is cut")
                 rows.append(row["row"])
             total = page["num_rows_total"]
-    except (OSError, ValueError, LookupError, TypeError, errors.HTTPError) as error:
-        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.200}"
-                       ) from error
+    except (OSError, ValueError, LookupError, TypeError, ImportError,
+            errors.HTTPError) as error:
+        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.600}"
+                       "; a mirror may lack it: give a JSONL file") from error
     data.write_jsonl(file, rows)
     return file
 
@@ -83,14 +86,16 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
     if suffix == "box":
         suffix = SUFFIX
     problems, unread = [], Counter()
+    known = data.TRACE_FIELDS.union(QUESTIONS, GOLDS, PROBLEM)
     for where, record in data.read_jsonl(file):
-        unread.update(record.keys() - data.TRACE_FIELDS.union(QUESTIONS, GOLDS, PROBLEM))
+        data.check_fields(record, where)
         record.setdefault("id", where.rpartition(" ")[2])
         if "messages" in record:
             last, key = data.get_messages(record, where)[-1], "content"
         else:
             last, key = record, "prompt"
             record["prompt"] = data.text_field(record, where, *QUESTIONS)
+        unread.update(data.unread_fields(record, known))
         if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
             last[key] += suffix
         golds = [record[name] for name in GOLDS if name in record]
@@ -225,7 +230,7 @@ def accuracy(args: Namespace) -> None:
     problems = load_problems(args.benchmark, args.suffix)[:args.limit]
     index = {str(problem["id"]): i for i, problem in enumerate(problems)}
     check(len(index) == len(problems), f"{args.benchmark}: problems with the same id")
-    args.dtype = data.compute_dtype(args)
+    args.dtype = data.compute_dtype(args, args.model)
     setup = {name: vars(args)[name] for name in SETUP}
     digest = hashlib.sha256(json.dumps(problems).encode())
     setup["problems_sha256"] = digest.hexdigest()
@@ -337,13 +342,17 @@ def exposure_curve(student: np.ndarray, teacher: np.ndarray) -> dict:
 
 def exposure(args: Namespace) -> None:
     """ExAccErr: how much more a student errs on its own prefixes than on the teacher's."""
-    dtype = data.compute_dtype(args)
+    dtype = data.compute_dtype(args, args.student)
     teacher, teacher_tokenizer = data.load(args.teacher, dtype, args.device)
     student, tokenizer = data.load(args.student, dtype, args.device)
     check(teacher_tokenizer.vocab == tokenizer.vocab, "exposure: different tokenizers")
     problems = load_problems(args.benchmark, args.suffix)[:args.limit]
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
     prompts.sort(key=len)
+    room = min(model.config.max_position_embeddings for model in (teacher, student))
+    check(len(prompts[-1]) + args.max_new_tokens <= room, f"--max-new-tokens "
+          f"{args.max_new_tokens} and prompts of up to {len(prompts[-1])} do not fit into "
+          f"{room} tokens, the models' context")
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
     kl = [kl_along_samples(author, teacher, student, repeated, args)
           for author in (student, teacher)]
@@ -394,14 +403,19 @@ def weights(args: Namespace) -> None:
 
 def report(args: Namespace) -> None:
     """Print a table of finished runs: accuracy +- standard error in their answers."""
-    table = []
+    table, decoding = [], {}
     for folder in map(Path, args.runs):
         run = read_json(folder / "run.json")
         check("seconds" in run, f"{folder}: not finished; add --resume to its command")
         row, lengths = {"run": f"{folder.parent.name}/{folder.name}"}, []
         for file in sorted(folder.glob("*-*.jsonl")):
-            s = summarize(read_answers(file))
-            row[file.stem] = f"{s['accuracy']:.3f} +- {s['standard_error']:.3f}"
+            records = read_answers(file)
+            s, setup = summarize(records), records[0]["setup"]
+            decoding[file.stem] = (
+                f"T={setup['temperature']:g}, {s['samples']} answers a problem, cut at "
+                f"{setup['max_new_tokens']} tokens, {setup['dtype']}")
+            row[file.stem] = (f"{s['accuracy']:.3f} +- {s['standard_error']:.3f}, "
+                              f"{s['cut_off']:.0%} cut")
             lengths.append(s["mean_tokens"])
         row["tokens"] = f"{np.mean(lengths):.1f}" if lengths else ""
         row["steps"] = str(run["steps"])
@@ -413,6 +427,8 @@ def report(args: Namespace) -> None:
     rows.insert(1, ["-" * width for width in widths])
     for cells in rows:
         print("|", " | ".join(map(str.ljust, cells, widths)), "|")
+    for name, settings in decoding.items():
+        print(f"{name}: {settings}")
 
 # ---- Grading: is the final answer of a text the gold answer?
 # - In doubt the verdict is "no": a refused right answer is one trace less, an accepted

@@ -56,8 +56,10 @@ class Config(SimpleNamespace):
 
         def number(key: str, default: Any = None, kind: type = int) -> Any:
             value = given.get(key, default)
-            valid = type(value) in (int, kind) and 0 < value <= 1e9
-            check(valid, f"{source}: {key} = {value!s:.60}: expected a number in (0, 1e9]")
+            highest = 1e9 if kind is int else 1e30
+            valid = type(value) in (int, kind) and 0 < value <= highest
+            check(valid, f"{source}: {key} = {value!s:.60}: expected a number above 0, at "
+                  f"most {highest:g}")
             return value
 
         self.raw = raw
@@ -254,6 +256,8 @@ class Transformer(nn.Module):
         """Continue each prompt: (new tokens with EOS, their log-probabilities in fp32 at
         temperature 1). Temperature 0 is greedy. Row i has the seed (seed, i) or seed[i]."""
         check(prompts and all(prompts), "generate: no prompts, or an empty one among them")
+        check(temperature == 0 or temperature >= 0.01, f"temperature {temperature:g}: give "
+              "0, which is greedy, or at least 0.01")
         weight = self.model.embed_tokens.weight
         device = weight.device
         B = len(prompts)
@@ -317,24 +321,24 @@ class Transformer(nn.Module):
         if device != "cpu":
             network.decode = decode_with_cuda_graph
         network.folder = folder
-        eos = network.config.raw.get("eos_token_id")
-        if (folder / "generation_config.json").exists():
-            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
-        eos = eos if isinstance(eos, list) else [eos]
-        network.eos_token_ids = [token for token in eos if token is not None]
+        network.eos_token_ids = read_eos(folder)
         return network
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a HF folder, tokenizer files included. No file is ever half-written."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}
+        rope = config.get("rope_parameters") or {}  # transformers 4 reads the older fields
+        if rope and not config.get("rope_scaling"):
+            config["rope_theta"] = self.config.rope_theta
+            config["rope_scaling"] = rope if self.config.llama3 else None
         generation = {"eos_token_id": self.eos_token_ids}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary)
             save_torch_state_dict(self.state_dict(), new)
-            for pattern in ("tokenizer*.json", "*.jinja"):
+            for pattern in ("tokenizer*.json", "special_tokens_map.json", "*.jinja"):
                 for file in self.folder.glob(pattern):
                     shutil.copyfile(file, new / file.name)
             (new / "config.json").write_text(json.dumps(config, indent=2))
@@ -390,11 +394,23 @@ def model_folder(path_or_repo: str | Path) -> Path:
           f"{path}: GGUF is llama.cpp's format; give the folder it was made from")
     if path.is_dir():
         return path
-    files = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors*"]
+    files = ["*config.json", "tokenizer.json", "special_tokens_map.json", "*.jinja",
+             "model*.safetensors*"]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=files))
-    except (OSError, ValueError, errors.HTTPError) as error:
-        raise BadInput(f"{path}: not a folder, and the Hub says: {error!s:.200}") from error
+    except (OSError, ValueError, errors.HTTPError, ImportError) as error:  # SOCKS: import
+        raise BadInput(f"{path}: not a folder, and the Hub says: {error!s:.600}") from error
+
+def read_eos(folder: Path) -> list[int]:
+    """The ids that end an answer: of generation_config.json, else of config.json."""
+    eos = None
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            eos = read_json(folder / name).get("eos_token_id", eos)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    check(all(type(token) is int for token in ids),
+          f"{folder}: eos_token_id = {ids!s:.60}: expected ids, as numbers")
+    return ids
 
 def read_weights(folder: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of all files that its index names."""

@@ -116,10 +116,10 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
              teacher: Transformer | None = None) -> Tensor:
     """Add one micro-batch's share to the gradient of sum(w * loss) / tokens.
 
-    `tokens` counts the supervised tokens of the whole step. Returns the sums of w * loss,
-    loss, w and w^2: [4]. Logits are V = 151,936 wide, so CHUNK rows have them at a time. A
-    chunk goes backward to the head and to the hidden states, and these at the end through
-    the network."""
+    `tokens` counts the supervised tokens of the whole step. Logits are V = 151,936 wide, so
+    CHUNK rows have them at a time. A chunk goes backward to the head and to the hidden
+    states, and these at the end through the network. Returns sums over tokens, of w * loss,
+    loss, w and w^2, and over the ends of turn, of their weights and of 1: [6]."""
     dtype = getattr(torch, data.compute_dtype(args))  # the weights themselves are fp32
     weights = {name: weight.to(dtype) for name, weight in student.named_parameters()}
     hidden = functional_call(student, weights, batch.tokens).flatten(0, 1)  # [B * T, D]
@@ -128,7 +128,9 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
     if teacher is not None:
         p_hidden = teacher(batch.tokens).flatten(0, 1)[batch.positions]
     rows = hidden.detach().requires_grad_()
-    sums = torch.zeros(4, dtype=torch.double, device=rows.device)
+    ends = torch.tensor(student.eos_token_ids, dtype=torch.long, device=rows.device)
+    is_end = torch.isin(batch.labels, ends)  # [N]
+    sums = torch.zeros(6, dtype=torch.double, device=rows.device)
     size = CHUNK[rows.device.type]
     token_losses = compiled_token_losses() if args.compile else loss.token_losses
     for start in range(0, len(rows), size):
@@ -142,10 +144,13 @@ def backward(student: Transformer, batch: data.Batch, args: argparse.Namespace, 
         losses, w = token_losses(args.objective, q_logits, batch.labels[chunk],
                                  p_logits, p_logp, args.tau, args.beta)
         del q_logits, p_logits  # large, and not needed for the gradient
+        end_weight = (w * is_end[chunk]).sum()
+        w = w.masked_fill(is_end[chunk], 1)  # ours: see loss.py
         total = (w * losses).sum()
         (total / tokens).backward()
         w = w.double()  # in fp32, the square of a tiny weight is 0
-        sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum()]).detach()
+        sums += torch.stack([total, losses.sum(), w.sum(), w.square().sum(), end_weight,
+                             is_end[chunk].sum()]).detach()
     hidden.backward(rows.grad)
     return sums
 
@@ -188,15 +193,37 @@ def check_objective(args: argparse.Namespace) -> None:
           "rkl, todi and gkd can judge the student's own")
     check(has_ratio(args.objective) or not args.teacher, f"{name} uses no --teacher")
 
+def command_line(out: Path, run: dict) -> str:
+    """The command that makes this run, with the options that are not the default."""
+    defaults = vars(make_parser().parse_args([]))
+    words = ["python train.py"]
+    for key, value in run["options"].items():
+        if key in defaults and value != defaults[key]:
+            option = "--" + key.replace("_", "-")
+            words.append(option if value is True else f"{option} {value}")
+    return " ".join([*words, f"--out {out}"])
+
+def model_card(out: Path, run: dict) -> str:
+    """README.md of the saved student, for the Hub."""
+    options, last = run["options"], run["last"]
+    head = ["library_name: transformers", f"tags: [distillation, {options['objective']}]"]
+    if not Path(options["student"]).exists():  # else it has no name on the Hub
+        head.append(f"base_model: {options['student']}")
+    return "\n".join([
+        "---", *head, "---", f"# {out.name}", "",
+        f"{options['student']}, trained on {run['traces']:,} reasoning traces "
+        f"({Path(options['traces']).name}) in {run['steps']} steps; dropped: "
+        f"{run['dropped'] or 'none'}.", "", f"    {command_line(out, run)}", "",
+        f"Objective {options['objective']}, tau {options['tau']:g}. Unweighted loss: "
+        f"{run['first']['unweighted']:.3f} in the first steps, {last['unweighted']:.3f} in "
+        f"the last, with mean weight {last['weight']:.3f}.", ""])
+
 def print_header(out: Path, run: dict, examples: list[data.Example], first: int,
                  args: argparse.Namespace) -> None:
     size = args.batch_size * args.grad_accum
     tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
-    defaults = vars(make_parser().parse_args([]))
-    options = [f"{key}={value}" for key, value in run["options"].items()
-               if key in defaults and value != defaults[key]]
     print(f"{out}: {args.objective}, steps {first} to {args.steps}, torch {run['torch']}")
-    print(textwrap.fill(" ".join(options), 100, initial_indent="  options  ",
+    print(textwrap.fill(command_line(out, run), 100, initial_indent="  command  ",
                         subsequent_indent=" " * 11, break_on_hyphens=False))
     print(f"  traces   {len(examples):,} with {tokens:,} supervised tokens; dropped: "
           f"{run['dropped'] or 'none'}")
@@ -214,6 +241,9 @@ def collapse_warnings(line: dict, start: float) -> dict[str, str]:
     warnings = {}
     if line["weight"] < 0.6:
         warnings["weight"] = "many tokens are unlikely for the student; try --objective sft"
+    if line["end"] < 0.1:
+        warnings["end"] = ("the student hardly ever ends an answer; ends count as in SFT, "
+                           "but watch the share cut off")
     if line["unweighted"] > 1.5 * start + 0.5:
         warnings["loss"] = (f"the unweighted loss was {start:.2f} at first; lower --lr, or "
                             "try --objective sft")
@@ -243,6 +273,8 @@ def load_run(args: argparse.Namespace) -> dict:
     options = dict(vars(args))
     for name in ("resume", "out", "device"):
         del options[name]
+    check(not Path(args.traces).exists() or Path(args.traces).is_file(),
+          f"{args.traces}: not a file; a pipe could not be read again")
     with open(args.traces, "rb") as traces:
         options["traces_sha256"] = hashlib.file_digest(traces, "sha256").hexdigest()
     if not run:
@@ -285,6 +317,8 @@ def train(args: argparse.Namespace) -> dict:
     """One run, read from top to bottom. Returns its run.json."""
     # A finished run is not done again.
     check_objective(args)
+    check(not args.compile or shutil.which(os.environ.get("CXX", "g++")),
+          "--compile needs a C++ compiler: install g++, or leave the option out")
     out, run = Path(args.out), load_run(args)
     if "seconds" in run:
         remove_checkpoints(out)
@@ -309,6 +343,8 @@ def train(args: argparse.Namespace) -> dict:
     # The traces. Only a weight without a teacher in memory needs stored log-probabilities.
     need_logprobs = has_ratio(args.objective) and teacher is None
     max_length = min(args.max_length, student.config.max_position_embeddings)
+    if teacher is not None:
+        max_length = min(max_length, teacher.config.max_position_embeddings)
     examples, dropped = data.load_traces(args.traces, tokenizer, max_length, need_logprobs)
     traces_per_step = args.batch_size * args.grad_accum
     args.steps = args.steps or math.ceil(args.epochs * len(examples) / traces_per_step)
@@ -371,8 +407,8 @@ def train(args: argparse.Namespace) -> dict:
         recent = torch.stack(pending).cpu()
         check(recent.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
               f"{done - len(recent) + 1} to {done}; begin anew with a lower --lr")
-        total, unweighted, w, w_squared, tokens, norms = recent.sum(0).tolist()
-        first_loss = first_loss or (recent[0, 1] / recent[0, 4]).item()
+        total, unweighted, w, w_squared, end, ends, tokens, norms = recent.sum(0).tolist()
+        first_loss = first_loss or (recent[0, 1] / recent[0, 6]).item()
         now = time.perf_counter()
         line = {
             "step": done,
@@ -380,6 +416,7 @@ def train(args: argparse.Namespace) -> dict:
             "unweighted": unweighted / tokens,
             "weight": w / tokens,
             "ess": w * w / (w_squared * tokens),
+            "end": end / max(ends, 1),
             "norm": norms / len(recent),
             "lr": optimizer.param_groups[0]["lr"],
             "gb": peak_memory_gb(args.device),
@@ -388,9 +425,9 @@ def train(args: argparse.Namespace) -> dict:
         }
         data.write_lines(log, [line], "a")
         if printed % 20 == 0:
-            progress.write(" ".join(f"{key:>9}" for key in line), sys.stdout)
-        columns = [f"{value:9}" if isinstance(value, int) else f"{value:9.4g}"
-                   for value in line.values()]
+            progress.write(" ".join(f"{key:>8}" for key in line), sys.stdout)
+        columns = [f"{value:{max(8, len(key))}.3g}" if isinstance(value, float) else
+                   f"{value:8}" for key, value in line.items()]
         progress.write(" ".join(columns), sys.stdout)
         printed += 1
         for sign, warning in collapse_warnings(line, first_loss).items():
@@ -399,11 +436,15 @@ def train(args: argparse.Namespace) -> dict:
                 warned.add(sign)
         if save:
             save_checkpoint(out, done, student, optimizer)
+        lines = [*lines[:1], line]
         pending, last_line = [], time.perf_counter()
 
     # The result, in fp32: bfloat16 would round most of a short run at 1e-5 away.
     student.save_pretrained(out)
     run["seconds"] = round(seconds_before + time.perf_counter() - begin, 1)
+    run["first"], run["last"] = lines[0], lines[-1]
+    if not (out / "README.md").exists():
+        (out / "README.md").write_text(model_card(out, run), encoding="utf-8")
     data.write_jsonl(out / "run.json", [run])
     remove_checkpoints(out)
     print(f"{out}: finished; next: python evaluate.py accuracy --model {out}")

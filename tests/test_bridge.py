@@ -34,12 +34,14 @@ def collate(examples: list[data.Example]) -> dict[str, Tensor]:
 
 class DisCorD(Trainer):
     objective, vocab_size = "discord", 129  # the tokenizer's: a head may have more rows
+    eot_id = 3  # the end of turn, <|im_end|> in Qwen
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         y, p_logp = inputs.pop("labels")[:, 1:], inputs.pop("teacher_logprobs")[:, 1:]
         outputs, here = model(**inputs), y != -100
         q_logits = outputs.logits[:, :-1][here][:, :self.vocab_size]
         losses, w = loss.token_losses(self.objective, q_logits, y[here], p_logp=p_logp[here])
+        w = w.masked_fill(y[here] == self.eot_id, 1)
         # by all tokens of the step on all GPUs; times GPUs, since their gradients become a mean
         total = (w * losses).sum() / num_items_in_batch * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
@@ -81,7 +83,7 @@ def first_step(world: tuple, size: int, accum: int, objective: str = "discord") 
 
 
 def assert_ours(found: dict, world: tuple, objective: str = "discord") -> None:
-    student, batch = Transformer.from_pretrained(world[0]), data.collate(world[1][:4])
+    student, batch = data.load(world[0])[0], data.collate(world[1][:4])
     args = options("unused", "unused", "unused", "--objective", objective)
     student.vocab_size, tokens = DisCorD.vocab_size, len(batch.labels)
     sums = train.backward(student, batch, args, tokens)

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_hf, options
+from conftest import SHARED, make_hf, options, save_byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -138,6 +138,40 @@ def test_templates_have_one_date(toy_model, tmp_path, monkeypatch, form, date):
     monkeypatch.setattr("time.time", lambda: 2e9)
     monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "?"}]) == before
+
+
+def test_templates_of_other_tools(toy_model, tmp_path):
+    """Guards templates as transformers renders them: JSON that is not escaped for HTML, `tools`
+    that are none, a BOS that only special_tokens_map.json has, and marks of what to train on."""
+    shutil.copytree(toy_model, tmp_path / "m")
+    (tmp_path / "m/special_tokens_map.json").write_text('{"bos_token": {"content": "<user>"}}')
+    (tmp_path / "m/chat_template.jinja").write_text(
+        "{{ bos_token }}{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+        "{% for m in messages %}{%- generation -%} {{ m.content | tojson }}{% endgeneration %}"
+        " <end>{% endfor %}")
+    tokenizer = data.Tokenizer(tmp_path / "m")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "<a> & \u00e9"}])
+    assert text == '<user>"<a> & \u00e9" <end>'
+
+
+@pytest.mark.parametrize("name", ["BERT", "space"])
+def test_tokenizers_that_add_something(tmp_path, name):
+    """Guards a base model's prompt that ends in </s>, as its post-processor writes it, and a
+    response that begins with a space of its own."""
+    save_byte_tokenizer(tmp_path, ["\u0120is"], ("</s>", "<s>"))
+    backend = data.tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    if name == "BERT":
+        backend.post_processor = data.tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=ends)
+    else:
+        backend.pre_tokenizer = data.tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = data.Tokenizer(tmp_path)
+    example = data.encode_trace({"prompt": "It", "response": "5 is"}, tokenizer, "line 1")
+    text = tokenizer.backend.decode(example.tokens.tolist(), skip_special_tokens=False)
+    assert text == ("<s>It5 is</s>" if name == "BERT" else " It5 is</s>")
 
 
 def test_ids_of_real_tokenizers(shared):
@@ -340,11 +374,11 @@ def test_traces_without_a_log_probability_are_dropped(toy_model, tmp_path, missi
                  {**GOOD, "teacher_logprobs": values, "correct": False})
     tokenizer = data.Tokenizer(toy_model)
     examples, dropped = data.load_traces(file, tokenizer, 64, need_logprobs=True)
-    assert dropped == {"with a log-probability of null or -9999": 1, "wrong": 1}
+    assert dropped == {"with a log-probability of null or below -1000": 1, "wrong": 1}
     assert [example.teacher_logp.tolist() for example in examples] == [[-1, -1, -1, -1, 0]]
     examples, dropped = data.load_traces(file, tokenizer, 64)
     assert len(examples) == 2 and dropped == {"wrong": 1} and examples[0].teacher_logp is None
-    with pytest.raises(BadInput, match=r"no usable trace; dropped: .*null or -9999': 1"):
+    with pytest.raises(BadInput, match=r"no usable trace; dropped: .*null or below -1000': 1"):
         file = write(tmp_path / "t.jsonl", {**GOOD, "teacher_logprobs": values})
         data.load_traces(file, tokenizer, 64, need_logprobs=True)
 

@@ -4,9 +4,13 @@ file, line, key or value, and leaves nothing behind."""
 import gzip
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +73,7 @@ def problem(**change) -> dict:
 
 
 def template(text: str) -> dict:
-    return {"m/chat_template.jinja": text.encode()}
+    return {"m/chat_template.jinja": text.encode("latin-1")}
 
 
 def header(text: str, length: int | None = None) -> dict:
@@ -92,6 +96,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     *[("train", second(line), "", "t.jsonl line 2: not valid JSON") for line in (
         "{", b"\xff\xfe\x00", "[" * 100_000, '{"a":' * 100_000, '{"id": ' + "9" * 5000 + "}",
         '{"prompt": "x", "response": "\\ud800"}')],
+    ("train", second('{"prompt": "x", "response": "a=0", "prompt": "y"}'), "",
+     "t.jsonl line 2: not valid JSON: a key twice among prompt, response, prompt"),
     *[("train", second(line), "", "t.jsonl line 2: not a JSON object") for line in (
         "null", '"x"', "[1]", "7")],
     *[("train", {"t.jsonl": content}, "", f"t.jsonl line 1: not .*this is {form}, not an object")
@@ -106,7 +112,7 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
       for command in ("train", "score", "select", "weights")],
     *[(command, {"t.jsonl": None}, "", "No such file or directory: 't.jsonl'")
       for command in ("train", "score", "mix", "compare")],
-    ("train", {}, "--traces m", "Is a directory: 'm'"),
+    ("train", {}, "--traces m", "m: not a file"),
     ("accuracy", {}, "--benchmark m", "Is a directory: 'm'"),
     ("train", {}, "--out t.jsonl", "t.jsonl"),
     ("compare", {}, "", "t.jsonl: expected a file that `accuracy` wrote"),
@@ -116,19 +122,20 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     # ---- traces
     *[(command, trace(tokens=[129] * 5), "", TOKENS)
       for command in ("train", "score", "select", "mix", "weights")],
-    *[("train", trace(tokens=ids), "", TOKENS) for ids in (
-        "12345", {"a": 1}, [-1] * 5, [1.5] * 5, [69, 79, 4, 5.0, 3], [[1]] * 5, [10 ** 30] * 5,
-        [5] * 5, [4, 5, 3], [69, 79, 4, 5], [], ["a"])],  # 69 79 4 5 lacks the end of turn
-    *[("train", trace(teacher_logprobs=values), "", LOGP + "expected 5 numbers, one for each token "
-       "and the end of turn, not .*data.py score") for values in (
-        None, {}, [], "x", 3, [-1.0] * 4, [-1.0] * 6)],
+    *[("train", trace(tokens=ids), "", TOKENS) for ids in (  # 69 79 4 5 lacks the end of turn
+        [-1] * 5, [10 ** 30] * 5, [5] * 5, [4, 5, 3], [69, 79, 4, 5], [69, 79, 4, 5, 5])],
+    *[("train", trace(tokens=ids), "", "line 2: tokens: expected a list of whole numbers") for ids
+      in ("12345", {"a": 1}, [1.5] * 5, [69, 79, 4, 5.0, 3], [[1]] * 5, [], ["a"])],
+    *[("train", trace(teacher_logprobs=values), "", LOGP + "expected a list of 5 numbers, one for "
+       f"each token and its end, not {re.escape(repr(values or []))}; .*data.py score")
+      for values in (None, {}, [], "[-1.0]", 3, [-1.0] * 4, [-1.0] * 6)],
     *[("train", trace(teacher_logprobs=[-1.0, value, *[-1.0] * 3]), "",
        LOGP + rf"{re.escape(repr(value))} is not a log-prob.* at most 0") for value in (
-        0.5, 2.25, 1, True, False, math.inf, -math.inf, math.nan, "-1", [-1.0])],
-    ("select", second('{"prompt": "x", "response": "a=0"}'), "", LOGP + "expected 2 numbers"),
+        0.5, 2.25, 1, True, False, math.inf, math.nan, "-1", [-1.0])],
+    ("select", second('{"prompt": "x", "response": "a=0"}'), "", LOGP + "expected a list of 2 num"),
     ("train", trace(vocab="0"), "", "line 2: the teacher_logprobs are of another tokenizer's"),
     ("train", {"t.jsonl": json.dumps({**GOOD, "teacher_logprobs": [None] * 5}).encode()}, "",
-     "t.jsonl: no usable trace; dropped: .*null or -9999': 1"),
+     "t.jsonl: no usable trace; dropped: .*null or below -1000': 1"),
     ("score", {"t.jsonl": json.dumps({**GOOD, "correct": False}).encode() * 1}, "",
      "t.jsonl: no usable trace; dropped: {'wrong': 1}"),
     ("train", {}, "--max-length 3", "no usable trace; dropped: {'longer than 3 tokens': 3"),
@@ -142,11 +149,15 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     *[("train", trace(messages=[turn]), "", TURNS + "expected turns with role and content") for turn
       in (1, {}, {"role": "user"}, {"role": "user", "content": None},
           {"role": "user", "content": [{"type": "text"}]}, {"role": ["user"], "content": "x"})],
-    *[("train", trace(messages=[USER], **{name: [{"name": "add"}]}), "",
-       f"line 2: {name} would be lost; remove it")
-      for name in ("tools", "tool_calls", "functions", "function_call")],
+    *[("train", trace(messages=[USER], **{name: value}), "",
+       f"line 2: {name} would be lost; write it into the text of the prompt, or remove it")
+      for name, value in (("tools", [{"name": "add"}]), ("tool_calls", [1]), ("functions", [1]),
+                          ("function_call", {"name": "add"}), ("enable_thinking", False),
+                          ("chat_template_kwargs", {"a": 1}), ("images", ["x.png"]),
+                          ("system_prompt", "Be brief."), ("context", "Some text."))],
     ("train", trace(messages=[{**USER, "tool_calls": [{"name": "add"}]}]), "",
-     "line 2: tool_calls would be lost; remove it"),
+     "line 2: tool_calls would be lost; write it into"),
+    ("train", trace(prompt="<user> 7 a+3"), "", "line 2: <user> in a turn of role user: is it ren"),
     ("train", {"m/tokenizer_config.json": {"chat_template": None},
                **second('{"messages": [{"role": "user", "content": ""}], "response": "a=0"}')}, "",
      "line 2: the prompt has no token, so nothing predicts the response"),
@@ -173,6 +184,10 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
       for prefix in ("abc", [10 ** 9], [None], [5.0], [True])],
     ("exposure", problem(prefix=[129]), "", "problem 1: prefix: not ids"),
     ("accuracy", problem(messages=[]), "", "p.jsonl line 1: messages: not a list of turns"),
+    *[("accuracy", problem(**{name: ["1", "2"]}), "", f"p.jsonl line 1: {name} would be lost")
+      for name in ("choices", "options", "context")],
+    ("accuracy", problem(prompt="7 a+3 <assistant>"), "", "problem 1: <assistant> in a turn of ro"),
+    ("exposure", {}, "--max-new-tokens 999", "--max-new-tokens 999 and prompts of up to 4 do not"),
     ("accuracy", {"p.jsonl": 2 * b'{"id": 1, "prompt": "x", "answer": "1"}\n'}, "", "the same id"),
     ("accuracy", {}, "--benchmark gsm9k", "gsm9k: no such file; the benchmarks with a name are"),
     ("accuracy", {}, "--benchmark gsm8k:x", "--benchmark gsm8k:x: cannot get openai/gsm8k from"),
@@ -183,6 +198,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("train", {"m/config.json": {"hidden_act": "gelu"}}, "",
      "m/config.json: hidden_act = gelu: only silu is implemented"),
     ("train", {"m/generation_config.json": b"{"}, "", "m/generation_config.json: missing, or not"),
+    ("train", {"m/generation_config.json": b'{"eos_token_id": "3"}'}, "",
+     r"m: eos_token_id = \['3'\]: expected ids, as numbers"),
     *[("train", {"m/tokenizer.json": content}, "", "m/tokenizer.json: missing, or not a tokenizer")
       for content in (b"{}", b"\x00" * 99, None)],
     ("train", {"m/tokenizer.json": lambda text: text.replace(b'"<unk>": 0', b'"<unk>": 150')}, "",
@@ -193,7 +210,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     *[("train", {"m/tokenizer_config.json": {"chat_template": source, "eos_token": eos}}, "",
        "m: no end-of-turn token") for source, eos in (("hi", "<nobody>"), (None, {"x": 1}))],
     *[("train", template(text), "", f"m: chat template: .*{said}") for text, said in (
-        ("{% for", ""), ("{{ messages[9].content }}", "no element 9"), ("{{ 1 / 0 }}", "ZeroDiv"),
+        ("{% for", ""), ("{# \xe9 #}", "codec"),
+        ("{{ messages[9].content }}", "no element 9"), ("{{ 1 / 0 }}", "ZeroDiv"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
@@ -251,7 +269,12 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("select", {}, "--separator (", "unterminated subpattern"),
     ("accuracy", {}, "--dtype float16", "argument --dtype: invalid choice: 'float16'"),
     ("accuracy", {}, "--samples 2", "--samples > 1 needs --temperature > 0"),
-    *[(command, {}, "--device tpu9", "--device tpu9: ") for command in ("accuracy", "train")],
+    *[(command, {}, f"--device {name}", f"--device: {name}: only cpu, cuda and cuda:1 are impl")
+      for command in ("accuracy", "train") for name in ("tpu9", "mps", "gpu", "cpu:0")],
+    ("accuracy", {}, "--device cuda:7", "--device cuda:7: no such GPU here"),
+    ("accuracy", {}, "--temperature 1e-40", "temperature 1e-40: give 0, which is greedy, or at le"),
+    *[(command, {}, "--out /dev/null", "/dev/null: not a file") for command in ("score", "select")],
+    ("train", {}, "--traces /dev/stdin", "/dev/stdin: not a file"),
 ]
 
 
@@ -320,3 +343,48 @@ def test_wrong_tensors_are_named(tmp_path, change, named):
     with pytest.raises(BadInput, match=named.replace(".", r"\.")) as error:
         Transformer.from_pretrained(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: the weights are not what config.json says: ")
+
+
+@pytest.mark.parametrize("command", ["score", "select", "weights"])
+def test_a_broken_model_writes_nothing(place, command):
+    """Guards NaN in a file, half of the traces by chance, a page of colors that mean nothing."""
+    tensors = load_file("m/model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, "m/model.safetensors", {"format": "pt"})
+    before = {path.name for path in place.iterdir()}
+    main, words = COMMANDS[command]
+    with pytest.raises(BadInput, match="m: NaN or infinity among the log-probabilities; try"):
+        main(words.split())
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_a_link_stays_a_link(place):
+    """Guards results that replace the link to where they should go."""
+    (place / "disk").mkdir()
+    (place / "o.jsonl").symlink_to("disk/real.jsonl")
+    main, words = COMMANDS["score"]
+    main(words.split())
+    assert (place / "o.jsonl").is_symlink()
+    assert len((place / "disk/real.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("how", ["ascii", "no stderr", "no compiler", "-OO"])
+def test_odd_surroundings(toy_model, tmp_path, how):
+    """Guards tracebacks in a terminal of ASCII, without a stderr, a compiler or docstrings."""
+    data.write_jsonl(tmp_path / "t.jsonl", [{**GOOD, "\u00e9": 1}])
+    command = [sys.executable, *(["-OO"] if how == "-OO" else []), train.__file__,
+               "--student", str(toy_model), "--traces", "t.jsonl", "--steps", "1", "--out", "run",
+               "--device", "cpu", *(["--compile"] if how == "no compiler" else [])]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii" if how == "ascii" else "utf-8",
+           "CXX": "no-such-compiler"}
+    line = " ".join(map(shlex.quote, command)) + (" 2>&-" if how == "no stderr" else "")
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True,  # noqa: S602
+                          text=True, check=False)
+    said = done.stdout + done.stderr
+    if how == "no compiler":
+        assert said.strip() == ("error: --compile needs a C++ compiler: install g++, or leave the "
+                                "option out")
+        return
+    assert done.returncode == 0 and "Traceback" not in said, said
+    assert ("not read: \\xe9 (1)" if how == "ascii" else "not read: \u00e9 (1)") in said
+    assert (tmp_path / "run/config.json").exists()

@@ -249,7 +249,8 @@ def test_answers_of_other_code_are_noted(toy_model, benchmark, tmp_path, capsys)
 
 def result(path, verdicts, gold="5"):
     """A file of answers with the given verdicts, one list for each problem."""
-    setup = {"model": path.stem, "benchmark": "b", "temperature": 1.0, "max_new_tokens": 9}
+    setup = {"model": path.stem, "benchmark": "b", "temperature": 1.0, "max_new_tokens": 9,
+             "dtype": "float32"}
     data.write_jsonl(path, [
         {"id": i, "prompt": f"b{i}", "answer": gold, "sample": k, "correct": right,
          "finished": True, "teacher_logprobs": [0.0] * 4, "setup": setup}
@@ -470,17 +471,18 @@ def test_report(tmp_path, capsys):
     runs = [finished_run(root / "sft", {"b": 80}, 2.6), finished_run(root / "none", {}),
             finished_run(root / "discord", {"c": 50, "b": 70}, 1.4)]
     run("report", *runs)
-    names, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")]
-                          for row in capsys.readouterr().out.splitlines()]
+    *table, greedy_b, _ = capsys.readouterr().out.splitlines()
+    assert greedy_b == "b-greedy: T=1, 1 answers a problem, cut at 9 tokens, float32"
+    names, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
     assert set(names) == {"run", "b-greedy", "c-greedy", "tokens", "steps", "seconds"}
     assert set("".join(line)) == {"-"}
     rows = [dict(zip(names, row, strict=True)) for row in rows]
     empty = {"b-greedy": "", "c-greedy": "", "tokens": "4.0", "steps": "20"}
     assert rows == [
-        {**empty, "run": "seed0/sft", "b-greedy": "0.800 +- 0.040", "seconds": "3"},
+        {**empty, "run": "seed0/sft", "b-greedy": "0.800 +- 0.040, 0% cut", "seconds": "3"},
         {**empty, "run": "seed0/none", "tokens": "", "seconds": "5"},
-        {**empty, "run": "seed0/discord", "b-greedy": "0.700 +- 0.046",
-         "c-greedy": "0.500 +- 0.050", "seconds": "1"}]
+        {**empty, "run": "seed0/discord", "b-greedy": "0.700 +- 0.046, 0% cut",
+         "c-greedy": "0.500 +- 0.050, 0% cut", "seconds": "1"}]
 
 
 def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):

@@ -253,6 +253,27 @@ def test_save_opens_in_transformers(tmp_path, kind, dtype):
     assert {tensor.dtype for tensor in after.values()} == {dtype}
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default", "rope_theta": 3.6e9},
+    {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+     "high_freq_factor": 4.0, "original_max_position_embeddings": 16}])
+def test_saved_rope_is_read_by_transformers_4(tmp_path, rope):
+    """Guards a student of transformers 5 that version 4 opens with theta 10,000 and no stretching:
+    the older fields must be there, too, and give our logits."""
+    make_hf(tmp_path / "a", "llama")
+    file = tmp_path / "a/config.json"
+    raw = {key: value for key, value in json.loads(file.read_text()).items() if "rope" not in key}
+    file.write_text(json.dumps({**raw, "rope_parameters": rope}))
+    ours = Transformer.from_pretrained(tmp_path / "a")
+    ours.save_pretrained(tmp_path / "b")
+    saved = json.loads((tmp_path / "b/config.json").read_text())
+    del saved["rope_parameters"]
+    (tmp_path / "b/config.json").write_text(json.dumps(saved))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert theirs.config.rope_parameters["rope_theta"] == rope["rope_theta"]
+    assert (theirs(TOKENS).logits - ours.logits(ours(TOKENS))).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_shards(tmp_path, monkeypatch):
     """Guards index files, ours and theirs."""

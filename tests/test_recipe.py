@@ -169,7 +169,8 @@ def test_traces_of_vllm(toy_model, tmp_path, monkeypatch, form):
     records = [record for _, record in data.read_jsonl("runs/served.jsonl")]
     assert all(record["prompt_tokens"] == prompt for record in records)
     examples, dropped = data.load_traces("runs/served.jsonl", tokenizer, 64, need_logprobs=True)
-    assert dropped == {"wrong": 1, "unfinished": 2, "with a log-probability of null or -9999": 2}
+    assert dropped == {"wrong": 1, "unfinished": 2,
+                       "with a log-probability of null or below -1000": 2}
     ids = tokenizer.encode("f=2 #### 2")
     for example, last in zip(examples, (tokenizer.eot_id, 1), strict=True):
         assert example.tokens[example.prompt_length:].tolist() == [*ids, last]

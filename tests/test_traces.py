@@ -22,7 +22,8 @@ TEXT = "It is 5 caf\u00e9s, \U0001f642 so. Then\n\\boxed{5}!"
 
 
 def save_tokenizer(folder, words, template=TEMPLATE):
-    save_byte_tokenizer(folder, words)
+    special = "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eom_id|>"
+    save_byte_tokenizer(folder, words, special)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"eos_token": "<|endoftext|>", "chat_template": template}))
     return data.Tokenizer(folder)
@@ -122,14 +123,68 @@ def test_thinking_that_the_template_opens(tmp_path, opened):
     assert tokenizer.decode(example.tokens.tolist()).count("<think>") == opened
 
 
+THOUGHT = "Add.\n</think>\n\n5"
+THINKING_CASES = [  # how the template's prompt ends, a response, is it whole
+    ("", "5", True), ("", f"<think>\n{THOUGHT}", True), ("", THOUGHT, False),
+    ("", "<think>\nAdd. 5", False), ("", f"<think>\n{THOUGHT}\n</think>", False),
+    ("<think>\n", THOUGHT, True), ("<think>\n", f"<think>\n{THOUGHT}", True),
+    ("<think>\n", f"\n<think>\n{THOUGHT}", False), ("<think>\n", "Add. 5", False),
+    ("<think>\n\n</think>\n\n", "5", True),
+    ("<think>\n\n</think>\n\n", f"<think>\n{THOUGHT}", False)]
+
+
+@pytest.mark.parametrize("ending, response, whole", THINKING_CASES)
+def test_thinking_that_does_not_match(tmp_path, ending, response, whole):
+    """Guards students that close thinking that they never open, open it twice, or never close it:
+    such traces are dropped and counted. A closed block of the template is no thinking."""
+    template = TEMPLATE.replace("assistant\n{% endif", f"assistant\n{ending}{{% endif")
+    tokenizer = save_tokenizer(tmp_path / "m", [], template)
+    data.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "2+3?", "response": response}] * 2 + [
+        {"prompt": "2+3?", "response": "Add.\n</think>\n5" if ending == "<think>\n" else "5"}])
+    examples, dropped = data.load_traces(tmp_path / "t.jsonl", tokenizer)
+    expected = {} if whole else {"with <think> and </think> that do not match": 2}
+    assert dropped == expected and len(examples) == 3 - sum(dropped.values())
+
+
 # ------------------------------------------------------------------- what people really have
+
+
+DROPPED = [
+    ({"finish_reason": "length"}, "unfinished"), ({"truncated": True}, "unfinished"),
+    ({"finish_reason": "content_filter"}, "unfinished"), ({"finish_reason": "stop"}, None),
+    ({"finish_reason": "length", "finished": True}, None), ({"truncated": False}, None),
+    ({"weight": 0}, "of weight 0"), ({"weight": 1}, None), ({"train": False}, "not to train on"),
+    ({"messages": [{"role": "user", "content": "?"},
+                   {"role": "assistant", "content": "4", "weight": 0}]}, "of weight 0"),
+    ({"messages": [{"role": "user", "content": "?", "weight": 0, "name": "Ann"},
+                   {"role": "assistant", "content": "4", "weight": 1}]}, None),
+    *[({"teacher_logprobs": [-0.5, value]}, "with a log-probability of null or below -1000")
+      for value in (-3.4e38, -1e30, -65504, -9999.0, -math.inf, None)],
+    ({"teacher_logprobs": [-0.5, -999.0]}, None)]
+
+
+@pytest.mark.parametrize("fields, reason", DROPPED)
+def test_what_other_tools_say_of_a_trace(tokenizer, tmp_path, capsys, fields, reason):
+    """Guards answers that were cut off, turns that are not to be trained on, and a server's minus
+    infinity, whose weight would be the largest. A field of a turn that nothing reads is named."""
+    good = {"prompt": "2+2?", "response": "4", "teacher_logprobs": [-0.5, -0.5]}
+    record = {**good, **fields}
+    if "messages" in fields:
+        del record["prompt"], record["response"]
+    data.write_jsonl(tmp_path / "t.jsonl", [good, record])
+    examples, dropped = data.load_traces(tmp_path / "t.jsonl", tokenizer, need_logprobs=True)
+    assert dropped == ({reason: 1} if reason else {}) and len(examples) == 2 - len(dropped)
+    named = "not read: messages.name (1)" in capsys.readouterr().out
+    assert named == ("Ann" in str(fields))
 
 
 CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 THINKING = "Two and two make four."
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thinking_blocks",
+                                  "reasoning_details", "think", "cot", "deepseek_thinking_traj"
+                                  "ectory"])
 def test_thinking_in_a_field_of_its_own(tokenizer, name):
     """Guards a student that learns answers without their thinking: it is refused with one line that
     says how to put it into the text, and what this line says is trained on. Empty fields do not
@@ -222,7 +277,8 @@ def test_verdicts_of_spreadsheets(tokenizer, tmp_path, name, reason):
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n ", "<|endoftext|>",
-                                 "<|im_end|><|im_end|>", "<|im_end|>\n<|endoftext|>\n"])
+                                 "<|im_end|><|im_end|>", "<|im_end|>\n<|endoftext|>\n",
+                                 "<|eom_id|>"])
 def test_one_end_of_turn(tokenizer, end):
     """Guards two ends of turn in a row, where the text has its own already."""
     expected = [*tokenizer.encode("So 4.\n"), tokenizer.eot_id]
@@ -400,7 +456,7 @@ def test_select(tokenizer, tmp_path, capsys):
     assert kept == [records[i] for i in (2, 3, 6, 7)]
     printed = capsys.readouterr().out
     assert "8 traces; dropped: {'wrong': 1, 'unfinished': 1, 'with a log-prob" in printed
-    assert "null or -9999': 2}\n" in printed and "out.jsonl: kept 4 of 8 traces\n" in printed
+    assert "null or below -1000': 2}\n" in printed and "out.jsonl: kept 4 of 8 traces\n" in printed
     for share, ids in (("0.25", [3, 7]), ("0.3", [2, 3, 7]), ("1", range(8))):
         data.main([*command, "--keep", share])
         kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
@@ -432,7 +488,7 @@ def test_mix(toy_model, tmp_path, capsys):
     tokenizer = data.Tokenizer(toy_model)
     teacher = [{"id": i, "prompt": f"{i} a+2", "answer": "5", "response": "a=1 b=2 c=3 #### 5",
                 "correct": True, "finished": True} for i in range(5)]
-    ended = [*tokenizer.encode(teacher[2]["response"]), 7]  # by another EOS
+    ended = [*tokenizer.encode(teacher[2]["response"]), 1]  # by another EOS
     teacher[4]["correct"] = False  # so there is no length to compare with
     long = " ".join(["a=1"] * 12)  # the teacher's has 6 tokens: cut after 9
     answers = [{**teacher[0], "sample": 2, "response": long, "finished": False, "correct": False},
@@ -454,7 +510,7 @@ def test_mix(toy_model, tmp_path, capsys):
             lengths.add(len(problem["prefix"]))
         data.main([*command, str(seed), "--continue-all"])
         everything = [record["prefix"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
-        assert not any(eos in prefix for prefix in everything for eos in (tokenizer.eot_id, 7))
+        assert not any(eos in prefix for prefix in everything for eos in (tokenizer.eot_id, 1))
     assert lengths == {5, 6, 7, 8, 9}
     capsys.readouterr()
     data.main([*command, "0", "--continue-all"])

@@ -39,7 +39,8 @@ def all_logits(model, batch):
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
 def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkeypatch, objective):
     """Guards a chunk that is lost or counted twice, hidden states whose gradient stops at the
-    chunk, prompts that are trained on, and head rows that the tokenizer does not have."""
+    chunk, prompts that are trained on, head rows that the tokenizer does not have, and an end of
+    turn with another weight than 1."""
     monkeypatch.setitem(train.CHUNK, "cpu", 7)
     folder = tmp_path / "wide"
     shutil.copytree(toy_model, folder)
@@ -65,13 +66,17 @@ def test_chunked_backward_equals_full_logits(toy_model, traces, tmp_path, monkey
         with torch.no_grad():
             p_logits = all_logits(teacher, batch)[:, :V]
     q_logits = all_logits(student, batch)[:, :V]
-    losses, weight = loss.token_losses(objective, q_logits, batch.labels, p_logits,
-                                       batch.teacher_logp, 0.8, 0.3)
+    losses, formula = loss.token_losses(objective, q_logits, batch.labels, p_logits,
+                                        batch.teacher_logp, 0.8, 0.3)
+    is_end = batch.labels == tokenizer.eot_id
+    weight = formula.masked_fill(is_end, 1)
     (weight * losses).sum().div(1234).backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
     expected = torch.stack([(weight * losses).sum(), losses.sum(), weight.sum(),
-                            weight.square().sum()]).double()
+                            weight.square().sum(), formula[is_end].sum(), is_end.sum()]).double()
+    assert expected[5] == 9 and (weight is formula or expected[4] != 9 or objective in
+                                 ("sft", "kl", "rkl", "todi", "gkd"))
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-5, atol=1e-4)
 
 
@@ -209,6 +214,7 @@ def test_ten_steps_equal_a_plain_loop(toy_model, traces, tmp_path):
         logits = model(batch.tokens).logits.flatten(0, 1)[batch.positions, :129]
         nll = -logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
         weight = 2 / (1 + ((batch.teacher_logp + nll.detach()) / loss.TAU).exp())
+        weight[batch.labels == tokenizer.eot_id] = 1
         optimizer.zero_grad()
         (weight * nll).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -258,6 +264,9 @@ def test_log(toy_model, traces, tmp_path, capsys):
     nll = -torch.from_numpy(np.concatenate(data.response_logp(student, seen)))
     teacher_logp = torch.from_numpy(np.concatenate([example.teacher_logp for example in seen]))
     w = loss.discord_weight(-nll, teacher_logp, 0.9)
+    ends = np.cumsum([len(example.teacher_logp) for example in seen]) - 1
+    assert lines[0]["end"] == pytest.approx(w[ends].mean().item(), rel=1e-5)
+    w[ends] = 1  # as in SFT
     assert lines[0]["loss"] == pytest.approx((w * nll).mean().item(), rel=1e-5)
     assert lines[0]["unweighted"] == pytest.approx(nll.mean().item(), rel=1e-5)
     assert lines[0]["weight"] == pytest.approx(w.mean().item(), rel=1e-5)
@@ -268,8 +277,9 @@ def test_log(toy_model, traces, tmp_path, capsys):
     assert run["sample"].startswith(sample) and run["sample"].endswith(" <end>]")
     for part in ("tok/s ", "gb ", run["sample"], "dropped: none", "steps 0 to 12", "traces   40 "):
         assert part in printed
-    assert "tau=0.9" in printed and run["options"]["tau"] == 0.9 and run["seconds"] > 0
+    assert "--tau 0.9" in printed and run["options"]["tau"] == 0.9 and run["seconds"] > 0
     assert run["traces"] == 40 and run["steps"] == 12
+    assert run["first"] == lines[0] and run["last"] == lines[-1]
 
 
 def test_log_of_tiny_weights(toy_model, traces, tmp_path):
@@ -282,7 +292,7 @@ def test_log_of_tiny_weights(toy_model, traces, tmp_path):
                         "--lr", "1e-12"))
     for line in open(tmp_path / "run" / "log.jsonl"):
         line = json.loads(line)
-        assert 0 < line["ess"] < 1.001 and 0 < line["loss"] < 1e-9 < line["unweighted"]
+        assert 0 < line["ess"] < 1.001 and 0 < line["end"] < 1e-9 < line["unweighted"]
 
 
 # --------------------------------------------------------------------------------- runs and files
@@ -395,10 +405,12 @@ def test_warnings_of_a_run_that_goes_wrong(toy_model, traces, tmp_path, capsys):
     assert said["far"].count("warning: many tokens are unlikely for the student") == 1
     assert said["wild"].count("warning: the unweighted loss was") == 1
     assert said["wild"].count("try --objective sft") >= 1
-    first = {"ess": 0.6, "unweighted": 2.0}  # between the failed and the good runs of the study
+    # between the failed and the good runs of the study
+    first = {"ess": 0.6, "unweighted": 2.0, "end": 0.11}
     assert [list(train.collapse_warnings({**first, "weight": w}, 2.0)) for w in (0.56, 0.63)] == [
         ["weight"], []]
-    rising = {"weight": 0.9, "ess": 0.6, "unweighted": 0.4}  # reverse KL begins near 0
+    assert list(train.collapse_warnings({**first, "weight": 0.9, "end": 0.09}, 2.0)) == ["end"]
+    rising = {"weight": 0.9, "unweighted": 0.4, "end": 1.0}  # reverse KL begins near 0
     assert train.collapse_warnings(rising, 0.1) == {}
     for name in ("sft", "healthy"):
         copies = said[name].count("a step holds each trace 1.5 times")

@@ -73,12 +73,14 @@ MUTANTS = [
     ("data.py", "shuffled(len(examples), seed, epoch)", "shuffled(len(examples), seed, 0)"),
     ("data.py", "range(step * size, (step + 1) * size)", "range(step * size + 1, (step + 1) * size + 1)"),
     ("data.py", "return [*ids[len(self.encode(start)):], self.eot_id]", "return ids[len(self.encode(start)):]"),
-    ("data.py", 're.sub(self.ends, "", text)', "text"),
-    ("data.py", "start = \"\\n\" if \"\\u2581\" in self.vocab else \"\"", 'start = ""'),
+    ("data.py", "start + self.without_end(text)", "start + text"),
+    ("data.py", 'start = "\\n" if self.adds_space else ""', 'start = ""'),
     ("data.py", 'f"[turn {i}]" in rendered', "True"),
     ("data.py", 'messages and messages[-1]["role"] != "assistant"', "messages"),
     ("data.py", "strftime_now=datetime(2024, 7, 26).strftime", "strftime_now=lambda form: datetime.now().strftime(form)"),
-    ("data.py", "check(not lost,", "check(True,"),
+    ("data.py", "check(not re.fullmatch(pattern, name),", "check(True,"),
+    ("data.py", "check(not special,", "check(True,"),
+    ("data.py", "elif not thinking_matches(example, tokenizer):", "elif False:"),
     ("data.py", "given in (None, len(prompt), prompt)", "True"),
     ("data.py", "in (None, tokenizer.vocab_hash)", 'in (None, record.get("vocab"))'),
     ("data.py", "any(example.teacher_logp.any() for example in examples)", "True"),
@@ -88,19 +90,20 @@ MUTANTS = [
     ("data.py", "-math.inf < value <= 1e-3", "-math.inf < value"),
     ("data.py", "if value == 0:", "if value is False:"),
     ("data.py", "check(value in (None, False, True),", "check(True,"),
-    ("data.py", "None in values or -9999 in values", "None in values"),
-    ("data.py", "spelled = tokenizer.backend.decode(body, skip_special_tokens=False)", 'spelled = re.sub(tokenizer.ends, "", response)'),
-    ("data.py", "body = ids[:-1] if finished else ids", "body = ids[:-1]"),
+    ("data.py", " and value < -1000)", " and value == -9999)"),
+    ("data.py", "spelled = tokenizer.backend.decode(body, skip_special_tokens=False)", "spelled = response"),
+    ("data.py", "body = ids if cut_off else ids[:-1]", "body = ids[:-1]"),
+    ("data.py", "ids[-1] in tokenizer.end_ids and ", ""),
     ("data.py", "type(i) is int and i in known", "type(i) is int"),
     ("data.py", "p - q > math.log(2)", "q - p > math.log(2)"),
     ("data.py", "file.truncate(file.read().rfind(b\"\\n\") + 1)", "file.seek(0, 2)"),
     ("data.py", "        shutil.rmtree(temporary, ignore_errors=True)\n        temporary.unlink(missing_ok=True)\n", "        pass\n"),
-    ("data.py", "        temporary.replace(path)\n", "        shutil.copyfile(temporary, path)\n"),
+    ("data.py", "        temporary.replace(target)\n", "        shutil.copyfile(temporary, target)\n"),
     ("data.py", "                json.dumps(record, ensure_ascii=False).encode()  # no half of an emoji\n", ""),
     ("data.py", "check(before.get(key) == value,", "check(True,"),
     ("data.py", "model.vocab_size = tokenizer.vocab_size", "pass"),
     ("data.py", "if before.get(name) != CODE[name])", "if False)"),
-    ("data.py", "        unread.update(record.keys() - TRACE_FIELDS)\n", ""),
+    ("data.py", "        unread.update(unread_fields(record, TRACE_FIELDS))\n", ""),
     ("data.py", "unknown += np.sum", "unknown = np.sum"),
     ("data.py", "max_length=model.config.max_position_embeddings,", "max_length=math.inf,"),
     ("data.py", 'check("id" in record,', "check(True,"),
@@ -132,12 +135,14 @@ MUTANTS = [
     ("train.py", 'lines[-1]["seconds"] if lines else 0.0', "0.0"),
     ("train.py", """        if save:
             save_checkpoint(out, done, student, optimizer)
+        lines = [*lines[:1], line]
         pending, last_line = [], time.perf_counter()
 """, """        pending, last_line = [], time.perf_counter()
         if save:
             save_checkpoint(out, done, student, optimizer)
 """),
     ("train.py", "    os.sync()  #", "    #"),
+    ("train.py", "        w = w.masked_fill(is_end[chunk], 1)", "        pass"),
     # ---- evaluate.py: averages, intervals, resuming
     ("evaluate.py", ", base_wait_time=0.2", ""),
     ("evaluate.py", "means.std(ddof=n > 1) / math.sqrt(n)", "means.std(ddof=n > 1) / math.sqrt(len(records))"),
