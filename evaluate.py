@@ -385,7 +385,8 @@ def weights(args: Namespace) -> None:
     tokenizer, _, examples, logps = data.load_scored(args.student, args, True, 10)
     page = [PAGE, f"<p>w = 2 sigmoid((log q - log p) / {args.tau:g}), student "
             f"{html.escape(args.student)}. Orange tokens count less than in SFT, violet "
-            "ones more. Point at one to see q, p and w."]
+            "ones more; the end of turn counts as in SFT. Point at one to see q, p and w."]
+    ends = []
     for example, logp in zip(examples, logps, strict=True):
         prompt, response = np.split(example.tokens, [example.prompt_length])
         text = html.escape(tokenizer.decode(prompt.tolist()))
@@ -396,10 +397,12 @@ def weights(args: Namespace) -> None:
         for i, piece in enumerate(tokenizer.pieces(response)):
             title = f"q {q_logp[i].exp():.3g}, p {p_logp[i].exp():.3g}, w {w[i]:.3f}"
             page.append(token_span(piece, w[i].item(), title))
-        page.append(f" (mean weight {w.mean():.3f})")
+        ends.append((q_logp[-1].exp().item(), w[-1].item()))
+        page.append(f" (mean weight {w[:-1].mean():.3f}; of the end of turn {w[-1]:.3f})")
     with data.atomic_write(args.out) as temporary:
         temporary.write_text("".join(page), encoding="utf-8")
-    print(f"{args.out}: {len(logps)} traces")
+    q, w = np.mean(ends, 0)
+    print(f"{args.out}: {len(logps)} traces; end of turn: mean q {q:.3g}, mean w {w:.3f}")
 
 def report(args: Namespace) -> None:
     """Print a table of finished runs: accuracy +- standard error in their answers."""

@@ -389,7 +389,7 @@ class HTMLTags(HTMLParser):
         assert self.opened.pop() == tag
 
 
-def test_weights_page(toy_model, tmp_path, problems):
+def test_weights_page(toy_model, tmp_path, problems, capsys):
     """Guards a page with wrong numbers or unescaped text: every token of the first ten traces is
     there with its weight, as computed from full logits."""
     make_hf(tmp_path / "<b>", "qwen2", seed=5, num_hidden_layers=1,
@@ -397,8 +397,11 @@ def test_weights_page(toy_model, tmp_path, problems):
     plain, traces, page = tmp_path / "p.jsonl", tmp_path / "t.jsonl", tmp_path / "w.html"
     data.write_jsonl(plain, problems[:12])
     data.main(["score", "--traces", str(plain), "--teacher", str(toy_model), "--out", str(traces)])
+    capsys.readouterr()
     run("weights", "--student", tmp_path / "<b>", "--traces", traces, "--out", page, "--tau", 0.5,
         "--device", "cpu")
+    q_end, w_end = re.search(r"end of turn: mean q (\S+), mean w (\S+)",
+                             capsys.readouterr().out).groups()
     text = page.read_text()
     assert "<b>" not in text and "&lt;b&gt;" in text and "log p) / 0.5" in text
     assert "http" not in text and "<script" not in text  # self-contained
@@ -409,7 +412,7 @@ def test_weights_page(toy_model, tmp_path, problems):
     assert len(rows) == 10
     model, tokenizer = data.load(tmp_path / "<b>")
     examples, _ = data.load_traces(traces, tokenizer, 99, need_logprobs=True)
-    kinds = set()
+    kinds, ends = set(), []
     for row, example, problem in zip(rows, examples, problems, strict=False):
         ids = torch.tensor(example.tokens.astype(int))
         logp = model.logits(model(ids[None, :-1]))[0].log_softmax(-1)
@@ -418,7 +421,8 @@ def test_weights_page(toy_model, tmp_path, problems):
         w = 2 * torch.sigmoid((q - p) / 0.5)
         prompt, answer = row.split("</p>")[:2]
         assert prompt == f"&lt;user&gt; {problem['prompt']} &lt;assistant&gt;"
-        assert f"(mean weight {w.mean():.3f})" in answer
+        ends.append([q[-1].exp().item(), w[-1].item()])
+        assert f"(mean weight {w[:-1].mean():.3f}; of the end of turn {w[-1]:.3f})" in answer
         spans = re.findall(r'title="q (\S+), p (\S+), w (\S+)">(.*?)</span>', answer)
         assert len(spans) == answer.count("<span")
         assert [float(span[0]) for span in spans] == pytest.approx(q.exp().tolist(), rel=0.01)
@@ -430,6 +434,7 @@ def test_weights_page(toy_model, tmp_path, problems):
             assert (red == "230") == (x < 1) and abs(float(alpha) - abs(x - 1) * 0.7) < 0.006
             kinds.add((red, abs(x - 1) > 0.5))
     assert len(kinds) == 4
+    assert [float(q_end), float(w_end)] == pytest.approx(np.mean(ends, 0), rel=5e-3, abs=6e-4)
 
 
 def test_a_saved_student_says_the_same_elsewhere(tmp_path, problems):

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import zlib
 from functools import cache
 from pathlib import Path
@@ -28,8 +29,10 @@ PAGES = {file.parent: file.read_text(encoding="utf-8")
          if (file := HOME / folder / "README.md").exists()}
 RECIPE = README.partition("\n## Your own models")[2].partition("\n## Troubleshooting")[0]
 RECIPE = re.sub(r" \\\n +", " ", RECIPE)  # a command of two lines
-VARIABLES = dict(re.findall(r"\b([A-Z])=(\S+)", RECIPE))
-COMMANDS = re.findall(r"^    python ((?:data|train|evaluate)\.py [^#\n]*)", RECIPE, re.MULTILINE)
+VARIABLES = {name: value.strip('"') for name, value in  # those of the toy come later
+             reversed(re.findall(r'\b([A-Z])=("[^"]*"|\S+)', RECIPE))}
+COMMANDS = re.findall(r"^    (?:python )?((?:(?:data|train|evaluate)\.py|cat) [^#\n]*)", RECIPE,
+                      re.MULTILINE)
 SMALL = {"accuracy": "--limit 12 --max-new-tokens 12 --batch-size 24 --device cpu",
          "exposure": "--limit 3 --max-new-tokens 5 --samples 2 --device cpu",
          "train.py": "--steps 2 --batch-size 2 --grad-accum 1 --lr 1e-3 --device cpu"}
@@ -80,15 +83,18 @@ def test_recipes(tmp_path, monkeypatch, capsys):
     mains = {"data.py": data.main, "evaluate.py": evaluate.main,
              "train.py": lambda words: train.train(train.parse_args(words))}
     for command in COMMANDS:
-        script, *words = shlex.split(re.sub(r"\$(\w)", lambda name: VARIABLES[name[1]], command))
-        if words[0] == "compare":
-            words[1:] = ["runs/t.jsonl", "runs/t.jsonl"]
+        line = re.sub(r"\$(\w)", lambda name: VARIABLES[name[1]], command)
+        script, *words = shlex.split(line)
+        if script == "cat":
+            subprocess.run(line, shell=True, check=True)  # noqa: S602
+            continue
         kind = script if script == "train.py" else words[0]
         mains[script]([*words, *shlex.split(SMALL.get(kind, ""))])
     printed = capsys.readouterr().out
-    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train:\n  accuracy 0.") == 3 + 2
-    assert "runs/discord on gsm8k:\n  accuracy 0." in printed
-    assert "A - B: +0.0000, 95 % interval +0.0000 to +0.0000" in printed
+    assert printed.count("Qwen/Qwen2.5-7B-Instruct on gsm8k:train:\n  accuracy 0.") == 3
+    for name in ("runs/discord", VARIABLES["S"]):
+        assert printed.count(f"{name} on gsm8k:\n  accuracy 0.") == 2  # by itself, and compared
+    assert "A - B: " in printed and "T=0, 1 answers a problem, cut at 12 tokens" in printed
     assert "| runs/discord |" in printed
     assert Path("runs/discord/gsm8k-greedy.jsonl").exists()
 

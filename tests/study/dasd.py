@@ -18,7 +18,8 @@ import train
 LEARN = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 100 --resume"
 ANSWER = "--max-new-tokens 12 --batch-size 500 --resume"
 ROWS = {"low": "1   T=0.6 (400 steps)", "high": "1   then T=1 (400)",
-        "selected": "1+2 T=0.6, then selected (400)", "mixed": "1-3 and then mixed (700 + 100)",
+        "selected-low": "1+2 selected T=0.6 (400)", "selected": "1+2 then selected T=1 (400)",
+        "mixed": "1-3 400 + 300, then mixed and selected T=1 (100)",
         "sft": "SFT on all traces", "discord": "DisCorD on all traces"}
 
 
@@ -36,29 +37,34 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
             f"--student {student} --traces {{out}}/{traces}.jsonl --objective {objective} --steps "
             f"{steps} --lr {train.TOY_LR[objective]} --seed {{seed}} --out {{out}}/{name} " + LEARN)
 
+    def join(name: str, *parts: str) -> None:
+        data.write_jsonl(out / f"{name}.jsonl", [
+            record for part in parts for _, record in data.read_jsonl(out / f"{part}.jsonl")])
+
     teacher = "accuracy --model {root}/teacher --seed {seed} " + ANSWER
     run(evaluate.main, teacher + " --benchmark {home}/problems.jsonl --temperature 0.6 --out "
                                  "{out}/low.jsonl")
     run(evaluate.main, teacher + " --benchmark {home}/problems.jsonl --temperature 1 --samples 4 "
                                  "--out {out}/high.jsonl")
-    data.write_jsonl(out / "all.jsonl", [record for name in ("low", "high") for _, record in
-                                         data.read_jsonl(out / f"{name}.jsonl")])
+    join("all", "low", "high")
     # 1. low temperature, then high
     learn("low", "{home}/student", 400, "low")
     learn("high", "{out}/low", 400, "high")
-    # 2. of the traces at T=1 those with most steps that the student would not have written
-    run(data.main, "select --traces {out}/high.jsonl --student {home}/student --keep 0.25 "
-                   "--separator \\s --out {out}/selected.jsonl")
-    learn("selected", "{out}/low", 400, "selected")
-    # 3. the student begins, the teacher completes
-    learn("selected-300", "{out}/low", 300, "selected")
+    # 2. of both, the traces with most steps that the student would not have written
+    for name, source, keep in (("selected-low", "low", 0.5), ("selected", "high", 0.25)):
+        run(data.main, f"select --traces {{out}}/{source}.jsonl --student {{home}}/student --keep "
+                       f"{keep} --separator \\s --out {{out}}/{name}.jsonl")
+    learn("selected-low", "{home}/student", 400, "selected-low")
+    learn("selected", "{out}/selected-low", 400, "selected")
+    # 3. the student begins, the teacher completes; with ordinary traces
+    learn("selected-300", "{out}/selected-low", 300, "selected")
     run(evaluate.main, "accuracy --model {out}/selected-300 --benchmark {home}/problems.jsonl "
                        "--temperature 1 --seed {seed} --out {out}/answers.jsonl " + ANSWER)
     run(data.main, "mix --answers {out}/answers.jsonl --traces {out}/low.jsonl --student "
-                   "{out}/selected-300 --continue-all --seed {seed} "
-                   "--out {out}/mixed-problems.jsonl")
+                   "{out}/selected-300 --seed {seed} --out {out}/mixed-problems.jsonl")
     run(evaluate.main, teacher + " --benchmark {out}/mixed-problems.jsonl --temperature 0.6 --out "
-                                 "{out}/mixed.jsonl")
+                                 "{out}/completed.jsonl")
+    join("mixed", "completed", "selected")
     learn("mixed", "{out}/selected-300", 100, "mixed")
     # what they are compared with
     learn("sft", "{home}/student", 800, "all")
