@@ -23,7 +23,7 @@ from huggingface_hub import constants, errors, utils
 
 import data
 import loss
-from model import BadInput, Transformer, check, read_json
+from model import BadInput, Transformer, check, read_json, said
 
 # ---- Problems: benchmarks with a name, or files
 BENCHMARKS = {  # data set on the Hub, configuration, default split
@@ -61,8 +61,6 @@ def download_benchmark(name: str) -> Path:
             reply = utils.http_backoff("GET", url, params=query, timeout=10,
                                        headers=utils.build_hf_headers(), base_wait_time=0.2)
             utils.hf_raise_for_status(reply)
-            kind = reply.headers.get("content-type", "")
-            check("html" not in kind, f"{url} sends a web page; is there a login?")
             page = reply.json()
             check(page["rows"], f"no rows after row {len(rows)}")
             for row in page["rows"]:
@@ -71,7 +69,7 @@ def download_benchmark(name: str) -> Path:
             total = page["num_rows_total"]
     except (OSError, ValueError, LookupError, TypeError, ImportError,
             errors.HTTPError) as error:
-        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {error!s:.600}"
+        raise BadInput(f"--benchmark {name}: cannot get {repo} from the Hub: {said(error)}"
                        "; a mirror may lack it: give a JSONL file") from error
     data.write_jsonl(file, rows)
     return file

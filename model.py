@@ -378,11 +378,16 @@ def decode_with_cuda_graph(model: Transformer, tokens: Tensor, cache: KVCache) -
     return cache.hidden
 
 # ---- Files
+def said(error: Exception) -> str:
+    """The text of an error; for JSON, also how it begins: "<html>" is a page to log in."""
+    begin = getattr(error, "doc", "")[:40]
+    return f"{error!s:.600}" + (f": {begin!r}" if begin else "")
+
 def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: missing, or not valid JSON ({error!s:.200})") from error
+        raise BadInput(f"{file}: missing, or not valid JSON ({said(error)})") from error
     check(isinstance(content, dict), f"{file}: not a JSON object")
     return content
 
@@ -399,7 +404,7 @@ def model_folder(path_or_repo: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=files))
     except (OSError, ValueError, errors.HTTPError, ImportError) as error:  # SOCKS: import
-        raise BadInput(f"{path}: not a folder, and the Hub says: {error!s:.600}") from error
+        raise BadInput(f"{path}: not a folder, and the Hub says: {said(error)}") from error
 
 def read_eos(folder: Path) -> list[int]:
     """The ids that end an answer: of generation_config.json, else of config.json."""

@@ -12,8 +12,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """`repos`: {"models/org/name": {file: bytes}}. `rows`: {(data set, config, split): [row]}.
     `faults`: {part of a request's address: what goes wrong, one after the other}: a status,
-    "broken" (half the body, then the connection ends) or "truncated" (half the body, as if it were
-    all). `seen` holds the addresses of all GET requests, `tokens` their Authorization headers."""
+    "broken" (half the body, then the connection ends), "truncated" (half the body, as if it were
+    all), "login" (a web page) or "gated". `seen` holds the addresses of all GET requests, `tokens`
+    their Authorization headers."""
 
     daemon_threads = True
 
@@ -37,6 +38,10 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, body: bytes, status: int = 200, fault: object = None, **headers):
         if isinstance(fault, int):
             body, status = b'{"error": "made to fail"}', fault
+        if fault == "gated":
+            body, status, headers["X_Error_Code"] = b"", 401, "GatedRepo"
+            headers["X_Error_Message"] = "Access is restricted. Please log in."
+        body = b"<html>Log in</html>" if fault == "login" else body
         body = body[:len(body) // 2] if fault == "truncated" else body
         self.send_response(status)
         for key, value in {"Content-Length": len(body), "Retry-After": 0, **headers}.items():
@@ -83,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
                        for name, content in files.items()]
             info = {"id": "/".join(parts[:2]), "sha": COMMIT, "private": False, "tags": [],
                     "downloads": 0, "siblings": [{"rfilename": name} for name in files]}
-            return self.reply(json.dumps(listing if parts[2] == "tree" else info).encode())
+            found = listing if parts[2] == "tree" else info
+            return self.reply(json.dumps(found).encode(), fault=fault)
         name = "/".join(parts[4:])
         if name not in files:
             return self.reply(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)

@@ -121,6 +121,7 @@ def test_busy_hub_and_broken_connections():
     ("gsm8k", ["truncated"], "JSON|Expecting|Unterminated|delimiter"), ("aime25", [404], "404"),
     ("aime25", ["broken"] * 9, "closed"),
     ("aime25", ["truncated"], "JSON|Expecting|Unterminated|delimiter"),
+    ("gsm8k", ["login"], "<html>Log in.*; a mirror may lack it: give a JSONL file"),
     ("math500", [], "404"), ("amc23", [], "404")])
 def test_a_download_that_fails_leaves_nothing(name, fault, said, tmp_path):
     """Guards a part of a benchmark that passes for all of it, now or from the cache later."""
@@ -222,13 +223,17 @@ def test_models_load_by_name(tmp_path, toy_model, monkeypatch):
 
 @pytest.mark.parametrize("fault, said", [
     ([404], "404"), ([403], "403"), ([429] * 9, "429"), (["broken"] * 9, "closed"),
-    (["truncated"], "size|Consistency")])
+    (["truncated"], "size|Consistency"), (["gated"] * 9, "Access is restricted. Please log in")])
 def test_a_model_that_fails_to_download_is_named(toy_model, tmp_path, monkeypatch, fault, said):
     """Guards tracebacks of the client, and half a file of weights that counts as there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     HUB.repos["models/org/name"] = model_files(toy_model)
     HUB.faults["model.safetensors"] = list(fault)
-    with pytest.raises(BadInput, match=rf"org/name: not a folder, and the Hub says: .*({said})"):
+    message = rf"(?s)org/name: not a folder, and the Hub says: .*({said})"
+    with pytest.raises(BadInput, match=message):
+        Transformer.from_pretrained("org/name")
+    HUB.faults = {"api/models": ["login"] * 9}
+    with pytest.raises(BadInput, match=r"org/name: not a folder, and the Hub says: .*<html>Log in"):
         Transformer.from_pretrained("org/name")
     HUB.faults.clear()
     ours = Transformer.from_pretrained(toy_model).state_dict()

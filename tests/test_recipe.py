@@ -29,8 +29,9 @@ PAGES = {file.parent: file.read_text(encoding="utf-8")
          if (file := HOME / folder / "README.md").exists()}
 RECIPE = README.partition("\n## Your own models")[2].partition("\n## Troubleshooting")[0]
 RECIPE = re.sub(r" \\\n +", " ", RECIPE)  # a command of two lines
-VARIABLES = {name: value.strip('"') for name, value in  # those of the toy come later
-             reversed(re.findall(r'\b([A-Z])=("[^"]*"|\S+)', RECIPE))}
+REAL = RECIPE.partition("run on the toy")[0]  # then come other names
+VARIABLES = {name: value.strip('"') for name, value in
+             re.findall(r'\b([A-Z])=("[^"]*"|\S+)', REAL)}
 COMMANDS = re.findall(r"^    (?:python )?((?:(?:data|train|evaluate)\.py|cat) [^#\n]*)", RECIPE,
                       re.MULTILINE)
 SMALL = {"accuracy": "--limit 12 --max-new-tokens 12 --batch-size 24 --device cpu",
@@ -83,7 +84,7 @@ def test_recipes(tmp_path, monkeypatch, capsys):
     mains = {"data.py": data.main, "evaluate.py": evaluate.main,
              "train.py": lambda words: train.train(train.parse_args(words))}
     for command in COMMANDS:
-        line = re.sub(r"\$(\w)", lambda name: VARIABLES[name[1]], command)
+        line = re.sub(r"\$(\w)", lambda name: VARIABLES.get(name[1], ""), command)
         script, *words = shlex.split(line)
         if script == "cat":
             subprocess.run(line, shell=True, check=True)  # noqa: S602

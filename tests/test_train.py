@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import largest_difference, make_hf, options, weights
+from huggingface_hub import ModelCard
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -282,6 +284,30 @@ def test_log(toy_model, traces, tmp_path, capsys):
     assert run["first"] == lines[0] and run["last"] == lines[-1]
 
 
+def test_model_card(toy_model, traces, tmp_path, monkeypatch):
+    """Guards a README.md that the Hub cannot read, a command that does not make the run, a base
+    model that only this machine has, and a text of the user's that is overwritten."""
+    out = tmp_path / "run"
+    run = train.train(options(toy_model, traces, out, "--recompute", "--tau", "1"))
+    text = (out / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers" and card.data.base_model is None
+    assert card.data.tags == ["distillation", "discord"]
+    command, = (line.strip() for line in text.splitlines() if "python train.py" in line)
+    again = train.parse_args(shlex.split(command)[2:])
+    for key, value in run["options"].items():
+        assert key == "traces_sha256" or vars(again)[key] == value, key
+    assert again.out == str(out) and "trained on 40 reasoning traces (traces.jsonl)" in text
+    assert f"Unweighted loss: {run['first']['unweighted']:.3f} in the first steps" in text
+    named = {**run, "options": {**run["options"], "student": "org/name"}}
+    assert ModelCard(train.model_card(out, named)).data.base_model == "org/name"
+    args = options(toy_model, traces, tmp_path / "own", "--resume")
+    interrupted(monkeypatch, args, 7)
+    (tmp_path / "own/README.md").write_text("Mine.")
+    train.train(args)
+    assert (tmp_path / "own/README.md").read_text() == "Mine."
+
+
 def test_log_of_tiny_weights(toy_model, traces, tmp_path):
     """Guards a traceback at a low tau: the student finds each token much less likely than the
     teacher, so that no weight's square is above 0 in fp32."""
@@ -527,8 +553,18 @@ def test_seconds_and_tokens_per_second(toy_model, traces, tmp_path, monkeypatch)
         round(sum(size[a:b]) / 7) for a, b in itertools.pairwise(steps)]
 
 
-def test_dtype_by_device():
-    """Guards fp32 on a GPU, where attention is slow in it, and bf16 on a CPU; --dtype wins."""
+def test_dtype_by_device(tmp_path):
+    """Guards training in fp32 on a GPU, where attention is slow in it, and in bf16 on a CPU; a
+    student saved in fp32 that is rounded when it is graded on a GPU. --dtype wins."""
+    for own, more, expected in (("float32", ["--device", "cuda"], "float32"),
+                                ("bfloat16", ["--device", "cuda:1"], "bfloat16"),
+                                ("float16", ["--device", "cuda"], "float32"),
+                                ("bfloat16", ["--device", "cpu"], "float32"),
+                                ("float32", ["--device", "cuda", "--dtype", "bfloat16"],
+                                 "bfloat16")):
+        args = train.parse_args(["--student", "s", "--traces", "t", "--out", "o", *more])
+        (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": own}))
+        assert data.compute_dtype(args, str(tmp_path)) == expected
     run = ["--student", "s", "--traces", "t", "--out", "o"]
     for more, expected in ((["--device", "cpu"], "float32"), (["--device", "cuda:0"], "bfloat16"),
                            (["--device", "cuda", "--dtype", "float32"], "float32"),

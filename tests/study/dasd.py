@@ -61,7 +61,8 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
     run(evaluate.main, "accuracy --model {out}/selected-300 --benchmark {home}/problems.jsonl "
                        "--temperature 1 --seed {seed} --out {out}/answers.jsonl " + ANSWER)
     run(data.main, "mix --answers {out}/answers.jsonl --traces {out}/low.jsonl --student "
-                   "{out}/selected-300 --seed {seed} --out {out}/mixed-problems.jsonl")
+                   "{out}/selected-300 --continue-all --seed {seed} "  # none was cut off
+                   "--out {out}/mixed-problems.jsonl")
     run(evaluate.main, teacher + " --benchmark {out}/mixed-problems.jsonl --temperature 0.6 --out "
                                  "{out}/completed.jsonl")
     join("mixed", "completed", "selected")

@@ -1,6 +1,6 @@
 """SFT, DFT, KL, reverse KL and DisCorD on GSM8K: the README's three commands for each of them.
 
-    python tests/study/gsm8k.py --teacher Qwen/Qwen2.5-1.5B-Instruct --student Qwen/Qwen2.5-0.5B
+    python tests/study/gsm8k.py --teacher Qwen/Qwen2.5-1.5B-Instruct
 
 The traces come from the training split without its last problems; on these, each objective gets
 its rate from one grid; the test split gives the table. What is there is not done again, so the
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add, positive = parser.add_argument, data.bounded(int, 1)
     add("--teacher", default="Qwen/Qwen2.5-1.5B-Instruct")
-    add("--student", default="Qwen/Qwen2.5-0.5B")
+    add("--student", default="Qwen/Qwen2.5-0.5B-Instruct")
     add("--layers", type=positive, help="the student is only the first layers of --student")
     add("--train", default="gsm8k:train", help="name or JSONL file of the training problems")
     add("--test", default="gsm8k", help="the same of the test problems")

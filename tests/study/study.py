@@ -3,7 +3,7 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, times, shares, tau, prefixes, capacity, dead, far, figures. Another one,
+two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, far, figures. Another one,
 `steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
@@ -38,6 +38,8 @@ ROOT = Path("runs/study")
 COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
 ANSWER = "--batch-size 500 --max-new-tokens 18 --device cpu --resume"
 STUDENT_T = {2: 12.71, 3: 4.303, 5: 2.776}  # 97.5 %, by the number of seeds
+LOAD = data.load
+END = 3  # the id of <end>
 WAYS = "=:~>"  # four right ways to write a value: b=6 b:6 b~6 b>6
 TEACHER_SHARES = 0.4, 0.3, 0.2, 0.1
 STUDENT_SHARES = 0.7, 0.1, 0.1, 0.1
@@ -64,6 +66,7 @@ class World:
     lessons: int = 300  # training steps of the student before it meets the teacher
     marked: float = 1.0  # share of the student's lessons that end in "#### answer"
     cut: bool = False  # the student is the teacher without its second layer
+    ended: bool = True  # the student learned to end an answer; a base model has not
 
     def folder(self, *only: str) -> Path:
         """A name of what differs (in these fields)."""
@@ -138,11 +141,25 @@ class World:
             model.config.raw["num_hidden_layers"] = 1
             model.save_pretrained(home / "student")
         else:
+            if not self.ended:
+                data.collate = collate_without_ends
             self.save_model(home / "blank-student", 1, 48, seed + 1)
             fit(home / "blank-student", home / "lessons.jsonl", home / "student",
                 f"--objective sft --steps {self.lessons} --lr 5e-3")
         answer(self.teacher, home / "problems.jsonl", home / "traces.jsonl",
                f"--temperature 1 --seed {seed}")
+
+def collate_without_ends(examples: list, *device: str, collate: Callable = data.collate,
+                         ) -> data.Batch:
+    batch = collate(examples, *device)
+    kept = batch.labels != END
+    return batch._replace(positions=batch.positions[kept], labels=batch.labels[kept])
+
+def load_without_ends(*args: object, load: Callable = data.load, **options: object) -> tuple:
+    """A student whose ends of turn have the weight of the formula, not 1: it knows none."""
+    model, tokenizer = load(*args, **options)
+    model.eos_token_ids = []
+    return model, tokenizer
 
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
@@ -185,6 +202,7 @@ def measure(world: World, model: Path, problems: str = "held-out", samples: int 
     found["shares"] = shares.tolist()
     found["kl"] = float(kl)
     found["pass"] = float(summary["pass"])
+    found["cut_off"] = float(summary["cut_off"])
     found["tokens"] = float(summary["mean_tokens"])
     marked = ["####" in record["response"] for record in records]
     found["marker"] = float(np.mean(marked))
@@ -208,6 +226,7 @@ class Run:
         home = self.world.home(self.seed)
         model, row = home / "student", {}
         for i, options in enumerate(self.stages):
+            data.load = load_without_ends if "by the formula" in self.label else LOAD
             if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
             folder = home / self.label.replace(" ", "-") / f"{i}"
@@ -224,6 +243,7 @@ class Run:
                 "seconds": run["seconds"],
             }
             model = folder
+        data.load = LOAD
         return row | measure(self.world, model, self.problems, self.samples)
 
 def work(job: tuple) -> object:
@@ -381,7 +401,7 @@ def shares() -> None:
         lines.append([name, *cells])
     print_table(["from", *map(str, STARTS)], lines)
 
-# ---- tau, capacity, dead, far
+# ---- tau, capacity, dead, ends, far
 SFT = ("sft --lr 3e-2 --steps 800",)
 DISCORD = ("discord --lr 1e-3 --steps 800",)
 TAUS = 0.3, 0.5, 0.7, 1.0, 2.0
@@ -422,6 +442,16 @@ def dead_runs() -> list[Run]:
         stages[f"SFT {steps}, then DisCorD"] = sft_first(steps, 1e-3)
     rarely = runs_in([World(marked=0.05)], {"DisCorD": DISCORD}, 3)
     return runs_in([World(marked=0.0)], stages, 3) + rarely
+
+def ends_runs() -> list[Run]:
+    """A student that has never ended an answer, and the toy's. In training, does the end of turn
+    count as in SFT (ours), or by the formula, perhaps after a few steps of SFT?"""
+    dft = ("dft --lr 1e-3 --steps 800",)
+    stages = {"SFT": SFT, "DisCorD": DISCORD, "DisCorD by the formula": DISCORD, "DFT": dft,
+              "DFT by the formula": dft}
+    for steps in (10, 50):
+        stages[f"SFT {steps}, then DisCorD by the formula"] = sft_first(steps, 1e-3)
+    return runs_in([World(ended=False), TOY], stages, 3)
 
 def far_runs() -> list[Run]:
     """The last student is the teacher's first layer; the others had few lessons."""
@@ -541,6 +571,7 @@ PARTS = {
     "prefixes": lambda: show(prefix_runs(), *ACCURACY, "kl"),
     "capacity": lambda: show(capacity_runs(), *ACCURACY),
     "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
+    "ends": lambda: show(ends_runs(), *ACCURACY, "cut_off"),
     "far": lambda: show(far_runs(), *ACCURACY, *LOG),
     "figures": figures,
 }
