@@ -33,9 +33,10 @@ def stages(seed: int) -> dict[str, tuple[float, float]]:
         main([word.format(root=root, home=home, out=out, seed=seed) for word in line.split()])
 
     def learn(name: str, student: str, steps: int, traces: str, objective: str = "sft") -> None:
+        lr = train.TOY_LR.get(objective, 1e-3)
         run(lambda words: train.train(train.parse_args(words)),
             f"--student {student} --traces {{out}}/{traces}.jsonl --objective {objective} --steps "
-            f"{steps} --lr {train.TOY_LR[objective]} --seed {{seed}} --out {{out}}/{name} " + LEARN)
+            f"{steps} --lr {lr} --seed {{seed}} --out {{out}}/{name} " + LEARN)
 
     def join(name: str, *parts: str) -> None:
         data.write_jsonl(out / f"{name}.jsonl", [
