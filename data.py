@@ -68,10 +68,8 @@ class Tokenizer:
         self.adds_space = ("\u2581" in self.vocab
                            or '"add_prefix_space":true' in self.backend.to_str())
         self.unknown_id = self.vocab.get(self.special_tokens.get("unk_token"))
-        self.special = {}  # id: text; ends, roles and the like, no words of a text
-        for i, token in self.backend.get_added_tokens_decoder().items():
-            if token.special:
-                self.special[i] = token.content
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {i: token.content for i, token in added.items() if token.special}
         self.eot_id = self.find_end_of_turn()
         self.special[self.eot_id] = self.backend.id_to_token(self.eot_id)
         self.end_ids = {*self.special, *read_eos(self.folder)}  # that a teacher may end by
@@ -312,12 +310,11 @@ def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False)
             return "with a log-probability of null or below -1000"  # servers' -infinity
     return ""
 
-def thinking_matches(example: Example, tokenizer: Tokenizer) -> bool:
+def thinking_matches(record: dict, example: Example, tokenizer: Tokenizer) -> bool:
     """Does the response close once what it, or the template just before, opens?"""
-    prompt, response = np.split(example.tokens, [example.prompt_length])
-    before = tokenizer.decode(prompt[-16:].tolist())
+    before = tokenizer.decode(example.tokens[:example.prompt_length][-16:].tolist())
     opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
-    marks = re.findall("</?think>", opened + tokenizer.decode(response.tolist()))
+    marks = re.findall("</?think>", opened + prompt_and_response(record, "")[1])
     return marks in ([], ["<think>", "</think>"])
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
@@ -333,7 +330,7 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math
             example = encode_trace(record, tokenizer, where, need_logprobs)
             if len(example.tokens) > max_length:
                 reason = f"longer than {max_length} tokens"
-            elif not thinking_matches(example, tokenizer):
+            elif not thinking_matches(record, example, tokenizer):
                 reason = "with <think> and </think> that do not match"
         if reason:
             dropped[reason] += 1
