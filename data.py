@@ -45,6 +45,11 @@ import loss
 from model import BadInput, Transformer, check, model_folder, read_eos, read_json
 
 # ---- Tokenizer and chat template
+# What chat templates write between turns. No text should have it.
+MARKS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|start_header_id|>", "<|eot_id|>",
+         "<|eom_id|>", "<|end_of_text|>", "[INST]", "[/INST]", "<start_of_turn>",
+         "<end_of_turn>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"]
+
 class Tokenizer:
     """tokenizer.json, chat template and end-of-turn token of a Hugging Face folder."""
 
@@ -65,17 +70,16 @@ class Tokenizer:
         self.vocab_size = max(self.vocab.values()) + 1  # the head may have more
         words = "\n".join(sorted(self.vocab, key=self.vocab.__getitem__))
         self.vocab_hash = hashlib.sha256(words.encode()).hexdigest()[:8]
-        self.adds_space = ("\u2581" in self.vocab
-                           or '"add_prefix_space":true' in self.backend.to_str())
         self.unknown_id = self.vocab.get(self.special_tokens.get("unk_token"))
-        added = self.backend.get_added_tokens_decoder()
-        self.special = {i: token.content for i, token in added.items() if token.special}
         self.eot_id = self.find_end_of_turn()
-        self.special[self.eot_id] = self.backend.id_to_token(self.eot_id)
-        self.end_ids = {*self.special, *read_eos(self.folder)}  # that a teacher may end by
-        names = "|".join(map(re.escape, self.special.values()))
-        self.special_text = re.compile(names)
+        eos_id = self.vocab.get(self.special_tokens.get("eos_token"), self.eot_id)
+        ends = {self.eot_id, eos_id, *read_eos(self.folder)}
+        added = self.backend.get_added_tokens_decoder()
+        names = "|".join(re.escape(added[i].content) for i in ends & added.keys())
         self.ends = re.compile(rf"(?:(?:{names})\s*)+\Z")
+        special = {i: token.content for i, token in added.items() if token.special}
+        self.marks = [*MARKS, *special.values()]
+        self.end_ids = ends | special.keys()  # a teacher of the family may use another one
 
     def find_end_of_turn(self) -> int:
         """The special token that the template writes after an answer, else the EOS."""
@@ -115,14 +119,18 @@ class Tokenizer:
         for i, turn in enumerate(messages):
             check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
                   f"turn of role {turn['role']!r}; use system, user and assistant")
-            special = self.special_text.search(turn["content"])
-            check(not special, f"{where}: {special and special[0]} in a turn of role "
-                  f"{turn['role']}: is it rendered already? Give the plain text")
+            mark = self.find_mark(turn["content"])
+            check(not mark, f"{where}: {mark} in a turn of role {turn['role']}: is it "
+                  "rendered already? Give the plain text")
         text = self.apply_chat_template(messages, where)
         ids = self.encode(text, bos=self.template is None)  # a template writes BOS itself
         if self.template is None and ids[-1:] == [self.eot_id]:  # BERT's way: <s> text </s>
             return ids[:-1]
         return ids
+
+    def find_mark(self, text: str) -> str:
+        """The first role, end or other special token in a text; "" if there is none."""
+        return next((mark for mark in self.marks if mark in text), "")
 
     def knows(self, ids: object) -> bool:
         """Is this a list of ids of this tokenizer?"""
@@ -134,13 +142,13 @@ class Tokenizer:
 
     def encode_response(self, text: str) -> list[int]:
         """The ids of a response and of one end of turn, which some texts have already.
-        Some tokenizers put a space before a text. After a prompt, there is none."""
-        start = "\n" if self.adds_space else ""
+        SentencePiece puts a word mark before a text. After a prompt, there is none."""
+        start = "\n" if "\u2581" in self.vocab else ""
         ids = self.encode(start + self.without_end(text))
         return [*ids[len(self.encode(start)):], self.eot_id]
 
     def without_end(self, text: str) -> str:
-        """The text of a response, without special tokens at its end."""
+        """The text of a response, without the ends of turn that some texts have."""
         return text[:-100] + self.ends.sub("", text[-100:])
 
     def decode(self, ids: list[int]) -> str:
@@ -181,20 +189,19 @@ TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "pro
                 "teacher_logprobs", "vocab", "finished", "correct", "teacher",
                 "temperature", "sample", "rendered", "extracted", "setup", "weight",
                 "train", "truncated", "finish_reason"}
-TURN_FIELDS = {"role", "content", "weight", "train"}
-# Fields of a record or a turn that nothing reads, though they change what it says.
-UNSUPPORTED_FIELDS = {
-    r"enable_thinking|chat_template_kwargs|system(_prompt)?|tools|functions|\w+_calls?|"
-    r"images?|audios?|videos?|documents|choices|options|context":
-        "write it into the text of the prompt, or remove it",
-    r"(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_(content|details|blocks|text|traces?|"
-    r"process|steps|trajector(y|ies)))?":
-        'put it into the text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer',
-}
+TURN_FIELDS = {"role", "content", "weight", "train", "truncated", "finish_reason"}
+# Fields of a record or a turn that nothing reads, though they change the prompt, or hold a
+# part of the response.
+OF_THE_PROMPT = re.compile(
+    r"enable_thinking|chat_template_kwargs|sys(tem)?(_?(prompt|message))?|tools|functions|"
+    r"\w+_calls?|(image|audio|video)s?(_?urls?)?|documents|choices|options|context")
+THINKING = re.compile(
+    r"(?i)(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_?(content|details|blocks|text|"
+    r"output|traces?|process|steps|trajector(y|ies)))?")
 
 def text_field(record: dict, where: str, *names: str) -> str:
-    """The first of these fields that the record has. It must be text, and not empty."""
-    text = next((record[name] for name in names if name in record), None)
+    """The first of these fields that is not null. It must be text, and not empty."""
+    text = next((record[name] for name in names if record.get(name) is not None), None)
     check(isinstance(text, str) and text.strip(), f"{where}: {' or '.join(names)} = "
           f"{str(text)[:40]!r}: expected text; the fields here: {', '.join(record)}")
     return text
@@ -202,7 +209,7 @@ def text_field(record: dict, where: str, *names: str) -> str:
 def get_messages(record: dict, where: str) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
     turns = record.get("messages")
-    if "messages" not in record:
+    if turns is None:
         for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
             check(field not in record or "prompt" in record,
                   f"{where}: {name} format; write `messages` or `prompt` instead")
@@ -216,18 +223,23 @@ def get_messages(record: dict, where: str) -> list:
     check_fields(record, where)
     return turns
 
-def check_fields(fields: dict, where: str) -> None:
-    """Refuse what would be lost, unless it is empty or a number, like a count."""
+def check_fields(fields: dict, where: str, thinking: bool = True) -> None:
+    """Refuse what would be lost. Numbers, single words and empty values are no loss."""
     for name, value in fields.items():
-        if value not in (None, "", [], {}) and type(value) not in (int, float):
-            for pattern, advice in UNSUPPORTED_FIELDS.items():
-                check(not re.fullmatch(pattern, name), f"{where}: {name} would be lost; "
-                      f"{advice}")
+        lost = f"{where}: {name} would be lost; "
+        if (value or name == "enable_thinking") and type(value) not in (int, float):
+            check(not OF_THE_PROMPT.fullmatch(name), lost + "write it into the text of the "
+                  "prompt, or remove it")
+        some_text = isinstance(value, list | dict) or len(str(value).split()) > 1
+        if thinking and value and some_text:
+            check(not THINKING.fullmatch(name), lost + 'put it into the text: '
+                  '"<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
 
 def unread_fields(record: dict, known: set) -> list[str]:
     """The fields of a record and of its turns that nothing reads."""
-    names = [*record.keys() - known]
-    for turn in record.get("messages", []):
+    turns = record.get("messages") or []
+    names = [*record.keys() - known, *(["prompt"] if turns and "prompt" in record else [])]
+    for turn in turns:
         names += [f"messages.{name}" for name in turn.keys() - TURN_FIELDS]
     return names
 
@@ -260,7 +272,9 @@ def read_logprobs(record: dict, count: int, tokenizer: Tokenizer, where: str) ->
     """`teacher_logprobs`, one for each of `count` response tokens: [count] float32."""
     check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
           "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
-    values = record.get("teacher_logprobs") or []
+    values = record.get("teacher_logprobs")
+    check(values is not None, f"{where}: no teacher_logprobs; it has {', '.join(record)}; "
+          "`python data.py score` makes them")
     check(isinstance(values, list) and len(values) == count, f"{where}: teacher_logprobs: "
           f"expected a list of {count} numbers, one for each token and its end, not "
           f"{values!r:.40}; `python data.py score` makes them")
@@ -292,30 +306,38 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
 
 DROPPED = {"finished": "unfinished", "correct": "wrong", "train": "not to train on",
            "weight": "of weight 0"}
-STOPPED = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+STOPPED = ["stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", "finished"]
 
 def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
     """Why a trace is dropped; "" if it is usable."""
-    fields = {**get_messages(record, where)[-1], **record}
-    if fields.get("truncated") or fields.get("finish_reason") not in STOPPED:
-        fields.setdefault("finished", False)
-    for name, reason in DROPPED.items():
-        value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
-        check(value in (None, False, True), f"{where}: {name} {value!r}: not true or false")
-        if value == 0:
-            return reason
+    last = get_messages(record, where)[-1]
+    for fields in (record, last if last["role"] == "assistant" else {}):
+        for name in (*DROPPED, "truncated"):
+            value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
+            check(value in (None, False, True), f"{where}: {name} = {value!r}: expected "
+                  "true or false")
+            if value == 0 and name in DROPPED:
+                return DROPPED[name]
+        stopped = str(fields.get("finish_reason") or "stop").lower() in STOPPED
+        if record.get("finished") is None and (fields.get("truncated") or not stopped):
+            return DROPPED["finished"]
     values = record.get("teacher_logprobs") if need_logprobs else None
     for value in values if isinstance(values, list) else []:
         if value is None or (type(value) in (int, float) and value < -1000):
             return "with a log-probability of null or below -1000"  # servers' -infinity
     return ""
 
-def thinking_matches(record: dict, example: Example, tokenizer: Tokenizer) -> bool:
-    """Does the response close once what it, or the template just before, opens?"""
+def text_reason(record: dict, example: Example, tokenizer: Tokenizer) -> str:
+    """Why the text of a response would teach the student a wrong form; "" if it would not.
+    Thinking that it, or the template just before, opens must be closed once."""
+    response = tokenizer.without_end(prompt_and_response(record, "")[1])
     before = tokenizer.decode(example.tokens[:example.prompt_length][-16:].tolist())
     opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
-    marks = re.findall("</?think>", opened + prompt_and_response(record, "")[1])
-    return marks in ([], ["<think>", "</think>"])
+    thinking = re.findall("</?think>", opened + response)
+    if thinking not in ([], ["<think>", "</think>"]):
+        return "with <think> and </think> that do not match"
+    marked = tokenizer.find_mark(response) or response.endswith("</s>")
+    return "with special tokens in the text" if marked else ""
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
                 need_logprobs: bool = False,
@@ -330,8 +352,8 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math
             example = encode_trace(record, tokenizer, where, need_logprobs)
             if len(example.tokens) > max_length:
                 reason = f"longer than {max_length} tokens"
-            elif not thinking_matches(record, example, tokenizer):
-                reason = "with <think> and </think> that do not match"
+            else:
+                reason = text_reason(record, example, tokenizer)
         if reason:
             dropped[reason] += 1
             continue
@@ -490,7 +512,7 @@ def mix(args: argparse.Namespace) -> None:
     for where, record in answers:
         name, ids = str(record["id"]), []
         limit = int(1.5 * longest[name])
-        if record.get("response"):
+        if record.get("response") != "":
             ids = response_ids(record, tokenizer, where)[:limit]
         cut_off = drop_reason(record, where) == "unfinished" or len(ids) == limit
         if ids and (cut_off or args.continue_all):
@@ -504,7 +526,8 @@ def mix(args: argparse.Namespace) -> None:
             end = rng.randint(len(ids) // 2 + 1, len(ids))
             problem["prefix"] = ids[:end]
             problems.append(problem)
-    check(problems, f"{args.answers}: no answer was cut off; --continue-all takes all")
+    check(problems, f"{args.answers}: no answer was cut off; --continue-all takes others, "
+          "too")
     write_jsonl(args.out, problems)
     missing = sum(str(record["id"]) not in longest for _, record in answers)
     print(f"{args.out}: {len(problems)} of {len(answers)} kept, no right trace: {missing}")
@@ -519,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
         add("--traces", required=True, help="T.jsonl: the teacher's traces")
         if function is mix:
             add("--answers", required=True, help="A.jsonl: the student's answers")
-        add("--out", required=True, help="OUT.jsonl")
+        add("--out", type=output, required=True, help="OUT.jsonl")
         if function is mix:
             add("--continue-all", action="store_true", help="continue short answers, too")
             add("--seed", type=bounded(int, 0), default=0, help="of where prefixes end")
@@ -565,14 +588,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 def print_unread(path: str | Path, unread: Counter) -> None:
     """Say which fields nothing reads: "corect" may be a slip."""
     if unread:
-        names = [f"{name} ({count})" for name, count in unread.most_common(20)]
+        names = [f"{name} ({count})" for name, count in unread.most_common()]
         print(f"{path}: not read: {', '.join(names)}")
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path for a file or folder; move it to `path` once it is whole."""
     target = Path(path).resolve()  # a link stays a link
-    check(target.is_file() or target.is_dir() or not target.exists(), f"{path}: not a file")
     temporary = Path(f"{target}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -633,6 +655,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
+def output(text: str) -> str:
+    """A type for argparse: a path that can become a file or a folder."""
+    path = Path(text)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: not a file")
+    return text
+
 def add_command(commands: argparse._SubParsersAction, function: Callable) -> Callable:
     """A command named like its function, with its docstring; returns its add_argument."""
     about = inspect.getdoc(function)
@@ -665,7 +694,8 @@ def compute_dtype(args: argparse.Namespace, model: str = "") -> str:
 
 def run_command(main: Callable, after_interrupt: str = "") -> None:
     """Run a program. Bad input and interrupts become one line, not a traceback."""
-    sys.stderr = sys.stderr or sys.stdout  # it was closed
+    sys.stdout = sys.stdout or io.StringIO()  # it was closed
+    sys.stderr = sys.stderr or sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII
@@ -694,6 +724,10 @@ def read_tokenizer(file: Path, config: dict) -> tokenizers.Tokenizer:
         raise BadInput(f"{file}: missing, or not a tokenizer: {error}") from error
     backend.no_padding()  # some files have padding or truncation baked in
     backend.no_truncation()
+    split = backend.pre_tokenizer
+    byte_level = isinstance(split, tokenizers.pre_tokenizers.ByteLevel)
+    check(not (byte_level and split.add_prefix_space), f"{file}: add_prefix_space is not "
+          "implemented")
     if config.get("legacy") is False and "\u2581" in backend.get_vocab():
         # Llama 2 puts a word mark before a text, not after each special token.
         backend.normalizer = None

@@ -84,20 +84,22 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
     if suffix == "box":
         suffix = SUFFIX
     problems, unread = [], Counter()
-    known = data.TRACE_FIELDS.union(QUESTIONS, GOLDS, PROBLEM)
     for where, record in data.read_jsonl(file):
-        data.check_fields(record, where)
+        data.check_fields(record, where, thinking=False)
+        others = [name for name in QUESTIONS if record.get(name) is not None][1:]
+        known = {"response", *QUESTIONS, *GOLDS, *PROBLEM}.difference(others)
+        unread.update(data.unread_fields(record, known))
+        fields = ", ".join(record)
         record.setdefault("id", where.rpartition(" ")[2])
-        if "messages" in record:
+        if record.get("messages") is not None:
             last, key = data.get_messages(record, where)[-1], "content"
         else:
             last, key = record, "prompt"
             record["prompt"] = data.text_field(record, where, *QUESTIONS)
-        unread.update(data.unread_fields(record, known))
         if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
             last[key] += suffix
         golds = [record[name] for name in GOLDS if name in record]
-        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {fields}")
         golds = [gold for gold in golds if gold not in (None, []) and str(gold).strip()]
         gold = golds[0] if golds else ""
         check(not isinstance(gold, dict), f"{where}: the answer is an object")
@@ -126,6 +128,9 @@ def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: li
     """Yield a graded trace for each (index of a problem, sample) that is not `done`, in the
     batches of the whole run: the last digits of a sum depend on what shares its batch."""
     prompts = [encode_problem(problem, tokenizer) for problem in problems]
+    context = model.config.max_position_embeddings
+    if too_long := sum(len(prompt) >= context for prompt in prompts):
+        print(f"{too_long} problems are longer than the model's {context} tokens: wrong")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # little padding
     jobs = [(i, k) for i in order for k in range(samples)]
     for start in data.progress(range(0, len(jobs), batch_size), "answering"):
@@ -177,8 +182,10 @@ def read_answers(path: str | Path) -> list[dict]:
     """The records that `accuracy` wrote."""
     records = [record for _, record in data.read_jsonl(path)]
     check(records, f"{path}: the file is empty")
-    check(all("setup" in record for record in records),
-          f"{path}: expected a file that `accuracy` wrote")
+    for record in records:
+        valid = record.keys() >= {"setup", "id", "answer", "finished", "teacher_logprobs"}
+        check(valid and isinstance(record.get("correct"), bool),
+              f"{path}: expected a file that `accuracy` wrote")
     return records
 
 def summarize(records: list[dict]) -> dict:
@@ -634,7 +641,8 @@ def main(argv: list[str] | None = None) -> None:
     for function, options in required.items():
         add = data.add_command(commands, function)
         for name, about in options.items():
-            add(name, required=True, help=about)
+            kind = data.output if name == "--out" else str
+            add(name, type=kind, required=True, help=about)
         data.add_model_options(add)
         if function is weights:
             add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
@@ -654,8 +662,8 @@ def main(argv: list[str] | None = None) -> None:
         if function is accuracy:
             add("--temperature", type=data.bounded(float, 0), default=0.0,
                 help="of sampling; 0 is greedy")
-            add("--out", help="OUT.jsonl: a record per answer (default: BENCHMARK-DECODING"
-                ".jsonl in the model's folder, or in runs/answers/NAME)")
+            add("--out", type=data.output, help="OUT.jsonl: a record per answer (default: "
+                "BENCHMARK-DECODING.jsonl in the model's folder, or in runs/answers/NAME)")
             add("--resume", action="store_true", help="continue an interrupted evaluation")
     add = data.add_command(commands, compare)
     add("a", help="A.jsonl, from `accuracy`")

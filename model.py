@@ -328,10 +328,9 @@ class Transformer(nn.Module):
         """Write a HF folder, tokenizer files included. No file is ever half-written."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = {**self.config.raw, "dtype": dtype, "torch_dtype": dtype}
-        rope = config.get("rope_parameters") or {}  # transformers 4 reads the older fields
-        if rope and not config.get("rope_scaling"):
-            config["rope_theta"] = self.config.rope_theta
-            config["rope_scaling"] = rope if self.config.llama3 else None
+        config["rope_theta"] = self.config.rope_theta  # transformers 4 reads it here
+        if self.config.llama3 and not config.get("rope_scaling"):
+            config["rope_scaling"] = config["rope_parameters"]
         generation = {"eos_token_id": self.eos_token_ids}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -403,7 +402,8 @@ def model_folder(path_or_repo: str | Path) -> Path:
              "model*.safetensors*"]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=files))
-    except (OSError, ValueError, errors.HTTPError, ImportError) as error:  # SOCKS: import
+    except (OSError, ValueError, LookupError, TypeError, ImportError,  # no SOCKS package
+            errors.HTTPError) as error:
         raise BadInput(f"{path}: not a folder, and the Hub says: {said(error)}") from error
 
 def read_eos(folder: Path) -> list[int]:

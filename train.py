@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what: these three, or none for the toy").add_argument
     add("--student", help="HF folder or Hub name")
     add("--traces", help="JSONL of traces; data.py shows one")
-    add("--out", help="folder of the run (toy: runs/toy)")
+    add("--out", type=data.output, help="folder of the run (toy: runs/toy)")
 
     add = parser.add_argument_group("objective").add_argument
     add("--objective", default="discord", choices=loss.OBJECTIVES, help="see loss.py")
@@ -174,7 +174,8 @@ def resample_on_policy(student: Transformer, micro_batches: list[list[data.Examp
             number += 1
         answers = writer.sample([*prompts.values()], longest, 1.0, seeds) if prompts else []
         for (i, prompt), (ids, _) in zip(prompts.items(), answers, strict=True):
-            examples[i] = data.Example(np.array(prompt + ids), len(prompt))
+            tokens = np.array(prompt + ids)[:student.config.max_position_embeddings]
+            examples[i] = data.Example(tokens, len(prompt))
 
 # ---- What is said about a run
 def has_ratio(objective: str) -> bool:

@@ -157,7 +157,7 @@ def test_templates_of_other_tools(toy_model, tmp_path):
 @pytest.mark.parametrize("name", ["BERT", "space"])
 def test_tokenizers_that_add_something(tmp_path, name):
     """Guards a base model's prompt that ends in </s>, as its post-processor writes it, and a
-    response that begins with a space of its own."""
+    response that begins with a space of its own: such a tokenizer is refused."""
     save_byte_tokenizer(tmp_path, ["\u0120is"], ("</s>", "<s>"))
     backend = data.tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
@@ -168,10 +168,38 @@ def test_tokenizers_that_add_something(tmp_path, name):
         backend.pre_tokenizer = data.tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    if name == "space":
+        with pytest.raises(BadInput, match="json: add_prefix_space is not implemented"):
+            data.Tokenizer(tmp_path)
+        return
     tokenizer = data.Tokenizer(tmp_path)
     example = data.encode_trace({"prompt": "It", "response": "5 is"}, tokenizer, "line 1")
     text = tokenizer.backend.decode(example.tokens.tolist(), skip_special_tokens=False)
-    assert text == ("<s>It5 is</s>" if name == "BERT" else " It5 is</s>")
+    assert text == "<s>It5 is</s>"
+
+
+def test_white_space_at_the_beginning(real_tokenizer):
+    """Guards the first blanks of a response, in tokenizers whose decoder or post-processor has an
+    `add_prefix_space` that does not matter here."""
+    for name in ("Qwen2.5-Instruct", "Llama-3.2-Instruct", "SmolLM2-Instruct"):
+        tokenizer = real_tokenizer(name)
+        for text in ("\n\nSure.", "    return x\n", " 5", "5"):
+            assert tokenizer.decode(tokenizer.encode_response(text)) == text
+
+
+def test_fields_of_problems(tmp_path, capsys):
+    """Guards a benchmark whose thinking nobody needs, and fields that only a trace has: they are
+    named, like a second question and a prompt beside `messages`."""
+    turns = [{"role": "user", "content": "2+2?"}]
+    data.write_jsonl(tmp_path / "p.jsonl", [
+        {"question": "2+2?", "answer": "4", "reasoning": "Two and two.", "weight": 0},
+        {"problem": "2+2?", "question": "3+3?", "answer": "4", "response": "4"},
+        {"messages": turns, "prompt": "Other.", "answer": "4"}])
+    problems = evaluate.load_problems(tmp_path / "p.jsonl")
+    asked = [problem.get("prompt", "2+2?") for problem in problems]
+    assert asked == ["2+2?", "3+3?", "Other."]
+    said = capsys.readouterr().out.strip().partition("not read: ")[2].split(", ")
+    assert sorted(said) == ["problem (1)", "prompt (1)", "reasoning (1)", "weight (1)"]
 
 
 def test_ids_of_real_tokenizers(shared):

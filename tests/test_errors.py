@@ -117,6 +117,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("train", {}, "--out t.jsonl", "t.jsonl"),
     ("compare", {}, "", "t.jsonl: expected a file that `accuracy` wrote"),
     ("compare", {"t.jsonl": b""}, "", "t.jsonl: the file is empty"),
+    ("compare", {"t.jsonl": json.dumps({**GOOD, "setup": {}, "finished": True}).encode()}, "",
+     "t.jsonl: expected a file that `accuracy` wrote"),
     ("report", {}, "", "m/run.json: missing"),
     ("report", {"m/run.json": b'{"options": {}}'}, "", "m: not finished; add --resume to its com"),
     # ---- traces
@@ -127,12 +129,13 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     *[("train", trace(tokens=ids), "", "line 2: tokens: expected a list of whole numbers") for ids
       in ("12345", {"a": 1}, [1.5] * 5, [69, 79, 4, 5.0, 3], [[1]] * 5, [], ["a"])],
     *[("train", trace(teacher_logprobs=values), "", LOGP + "expected a list of 5 numbers, one for "
-       f"each token and its end, not {re.escape(repr(values or []))}; .*data.py score")
-      for values in (None, {}, [], "[-1.0]", 3, [-1.0] * 4, [-1.0] * 6)],
+       f"each token and its end, not {re.escape(repr(values))}; .*data.py score")
+      for values in ({}, [], "[-1.0]", 3, [-1.0] * 4, [-1.0] * 6)],
+    ("train", trace(teacher_logprobs=None), "", "line 2: no teacher_logprobs; it has id, prompt"),
     *[("train", trace(teacher_logprobs=[-1.0, value, *[-1.0] * 3]), "",
        LOGP + rf"{re.escape(repr(value))} is not a log-prob.* at most 0") for value in (
         0.5, 2.25, 1, True, False, math.inf, math.nan, "-1", [-1.0])],
-    ("select", second('{"prompt": "x", "response": "a=0"}'), "", LOGP + "expected a list of 2 num"),
+    ("select", second('{"prompt": "x", "response": "a=0"}'), "", "line 2: no teacher_logprobs; it"),
     ("train", trace(vocab="0"), "", "line 2: the teacher_logprobs are of another tokenizer's"),
     ("train", {"t.jsonl": json.dumps({**GOOD, "teacher_logprobs": [None] * 5}).encode()}, "",
      "t.jsonl: no usable trace; dropped: .*null or below -1000': 1"),
@@ -145,7 +148,7 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
       for text in (None, ["a=0"], "", 5)],
     *[("train", trace(prompt=text), "", "line 2: prompt = ") for text in (" ", {"text": "x"})],
     *[("train", trace(messages=turns), "", TURNS + "not a list of turns")
-      for turns in ([], "hi", None, 5)],
+      for turns in ([], "hi", 5)],
     *[("train", trace(messages=[turn]), "", TURNS + "expected turns with role and content") for turn
       in (1, {}, {"role": "user"}, {"role": "user", "content": None},
           {"role": "user", "content": [{"type": "text"}]}, {"role": ["user"], "content": "x"})],
@@ -157,7 +160,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
                           ("system_prompt", "Be brief."), ("context", "Some text."))],
     ("train", trace(messages=[{**USER, "tool_calls": [{"name": "add"}]}]), "",
      "line 2: tool_calls would be lost; write it into"),
-    ("train", trace(prompt="<user> 7 a+3"), "", "line 2: <user> in a turn of role user: is it ren"),
+    *[("train", trace(prompt=f"{mark} 7 a+3"), "", "line 2: .* in a turn of role user: is it rend")
+      for mark in ("<user>", "<|im_start|>user", "[INST]", "<\uff5cUser\uff5c>")],
     ("train", {"m/tokenizer_config.json": {"chat_template": None},
                **second('{"messages": [{"role": "user", "content": ""}], "response": "a=0"}')}, "",
      "line 2: the prompt has no token, so nothing predicts the response"),
@@ -273,7 +277,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
       for command in ("accuracy", "train") for name in ("tpu9", "mps", "gpu", "cpu:0")],
     ("accuracy", {}, "--device cuda:7", "--device cuda:7: no such GPU here"),
     ("accuracy", {}, "--temperature 1e-40", "temperature 1e-40: give 0, which is greedy, or at le"),
-    *[(command, {}, "--out /dev/null", "/dev/null: not a file") for command in ("score", "select")],
+    *[(command, {}, "--out /dev/null", "--out: /dev/null: not a file")
+      for command in ("train", "score", "select", "mix", "accuracy", "exposure", "weights")],
     ("train", {}, "--traces /dev/stdin", "/dev/stdin: not a file"),
 ]
 

@@ -149,7 +149,7 @@ def test_any_eos_ends_an_answer(toy_model):
     assert data.encode_trace(record, tokenizer, "line 1").tokens[-4:].tolist() == [*ids, other]
 
 
-def test_context_and_nan(toy_model):
+def test_context_and_nan(toy_model, capsys):
     """Guards a crash, or credit, for answers beyond the model's context, and silent NaN."""
     tokenizer = data.Tokenizer(toy_model)
     problems = [{"id": 7, "prompt": "1 a+2", "answer": "5"}]  # a prompt of 4 tokens
@@ -158,6 +158,8 @@ def test_context_and_nan(toy_model):
         record, = evaluate.generate_answers(model, tokenizer, problems)
         assert len(record["teacher_logprobs"]) == length and record["correct"] is right
         assert record["finished"] is right
+        said = f"1 problems are longer than the model's {context} tokens: wrong\n"
+        assert capsys.readouterr().out == (said if length == 0 else "")
     model.sample = lambda prompts, *_, **__: [([5], [math.nan]) for _ in prompts]
     with pytest.raises(BadInput, match="problem 7: NaN among the log-probabilities of the"):
         list(evaluate.generate_answers(model, tokenizer, problems))
@@ -505,8 +507,10 @@ def test_right_answers_become_traces(tmp_path, toy_model, problems, capsys):
     assert "cut off at 40)" in line
     model, tokenizer = data.load(toy_model)
     examples, dropped = data.load_traces(out, tokenizer, 99, need_logprobs=True)
-    assert len(examples) == len(right)
-    assert dropped["wrong"] + dropped["unfinished"] == 600 - len(right)
+    odd = sum(bool(tokenizer.find_mark(record["response"])) for record in right)
+    assert len(examples) == len(right) - odd
+    assert dropped == {"wrong": dropped["wrong"], "unfinished": 600 - len(right) - dropped["wrong"],
+                       **({"with special tokens in the text": odd} if odd else {})}
     for example in examples:
         logp, = data.response_logp(model, [example])
         assert abs(logp - example.teacher_logp).max() < 1e-3

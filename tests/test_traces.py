@@ -26,6 +26,8 @@ def save_tokenizer(folder, words, template=TEMPLATE):
     save_byte_tokenizer(folder, words, special)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"eos_token": "<|endoftext|>", "chat_template": template}))
+    (folder / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": data.Tokenizer(folder).vocab["<|eom_id|>"]}))
     return data.Tokenizer(folder)
 
 
@@ -153,6 +155,16 @@ DROPPED = [
     ({"finish_reason": "length"}, "unfinished"), ({"truncated": True}, "unfinished"),
     ({"finish_reason": "content_filter"}, "unfinished"), ({"finish_reason": "stop"}, None),
     ({"finish_reason": "length", "finished": True}, None), ({"truncated": False}, None),
+    ({"finish_reason": "length", "finished": None}, "unfinished"),
+    ({"finish_reason": "STOP"}, None),
+    ({"response": "4<|im_end|>\n<|im_start|>user\nThanks"}, "with special tokens in the text"),
+    ({"response": "4</s>"}, "with special tokens in the text"),
+    ({"messages": None, "reasoning": "high", "parallel_tool_calls": False}, None),
+    ({"messages": [{"role": "user", "content": "2+2?", "weight": 0, "train": False}],
+      "response": "4"}, None),
+    ({"weight": None, "messages": [{"role": "user", "content": "?"},
+                                   {"role": "assistant", "content": "4", "weight": 0}]},
+     "of weight 0"),
     ({"weight": 0}, "of weight 0"), ({"weight": 1}, None), ({"train": False}, "not to train on"),
     ({"messages": [{"role": "user", "content": "?"},
                    {"role": "assistant", "content": "4", "weight": 0}]}, "of weight 0"),
@@ -169,8 +181,11 @@ def test_what_other_tools_say_of_a_trace(tokenizer, tmp_path, capsys, fields, re
     infinity, whose weight would be the largest. A field of a turn that nothing reads is named."""
     good = {"prompt": "2+2?", "response": "4", "teacher_logprobs": [-0.5, -0.5]}
     record = {**good, **fields}
-    if "messages" in fields:
-        del record["prompt"], record["response"]
+    if fields.get("messages"):
+        record = {"teacher_logprobs": good["teacher_logprobs"], **fields}
+    if len(record.get("response", "4")) > 1:
+        record["tokens"] = None
+        record["teacher_logprobs"] = [-0.5] * len(tokenizer.encode_response(record["response"]))
     data.write_jsonl(tmp_path / "t.jsonl", [good, record])
     examples, dropped = data.load_traces(tmp_path / "t.jsonl", tokenizer, need_logprobs=True)
     assert dropped == ({reason: 1} if reason else {}) and len(examples) == 2 - len(dropped)
@@ -265,7 +280,7 @@ def test_verdicts_of_spreadsheets(tokenizer, tmp_path, name, reason):
     for value in ("False", "false", "0", "true", "", 2, -1, [], {}, math.nan):
         data.write_jsonl(file, [trace, {**trace, name: value}])
         for read in (lambda: data.load_traces(file, tokenizer), lambda: data.main(command)):
-            with pytest.raises(BadInput, match=rf"t\.jsonl line 2: {name} .*: not true or f"):
+            with pytest.raises(BadInput, match=rf"t\.jsonl line 2: {name} = .*: expected true"):
                 read()
     whole = [*tokenizer.encode("4"), tokenizer.eot_id]
     for value in (0, 0.0, False):  # an answer that was cut off has no end of turn
@@ -528,6 +543,6 @@ def test_mix(toy_model, tmp_path, capsys):
         prompt = tokenizer.encode_prompt([{"role": "user", "content": problem["prompt"]}])
         logp, = data.response_logp(model, [data.Example(np.array(prompt + written), len(prompt))])
         assert np.abs(record["teacher_logprobs"] - logp).max() < 2e-4 and "prefix" not in record
-    with pytest.raises(BadInput, match="no answer was cut off; --continue-all takes all"):
+    with pytest.raises(BadInput, match="no answer was cut off; --continue-all takes others, too"):
         data.write_jsonl(tmp_path / "answers.jsonl", teacher)
         data.main([*command, "0"])

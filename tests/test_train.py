@@ -505,7 +505,8 @@ def test_the_toy_after_an_edit(tmp_path, monkeypatch, capsys):
         edit_code(tmp_path / name, loss="other")
         code = {**data.CODE, "model.py": "other"} if name == "teacher" else data.CODE
         data.write_jsonl(tmp_path / name / "held-out-greedy.jsonl", [
-            {"setup": {**setup, "code": code}}])
+            {"setup": {**setup, "code": code}, "id": 1, "answer": "5", "correct": True,
+             "finished": True, "teacher_logprobs": []}])
     edit_code(tmp_path / "seed0/sft", evaluate="other")  # no part of the training
     (tmp_path / "seed0/traces.jsonl").write_text("")
     trained, asked = [], []
