@@ -185,64 +185,6 @@ class Example(NamedTuple):
     prompt_length: int
     teacher_logp: np.ndarray | None = None  # [response] float32: log p of each token
 
-TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "prompt_tokens",
-                "teacher_logprobs", "vocab", "finished", "correct", "teacher",
-                "temperature", "sample", "rendered", "extracted", "setup", "weight",
-                "train", "truncated", "finish_reason"}
-TURN_FIELDS = {"role", "content", "weight", "train", "truncated", "finish_reason"}
-# Fields of a record or a turn that nothing reads, though they change the prompt, or hold a
-# part of the response.
-OF_THE_PROMPT = re.compile(
-    r"enable_thinking|chat_template_kwargs|sys(tem)?(_?(prompt|message))?|tools|functions|"
-    r"\w+_calls?|(image|audio|video)s?(_?urls?)?|documents|choices|options|context")
-THINKING = re.compile(
-    r"(?i)(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_?(content|details|blocks|text|"
-    r"output|traces?|process|steps|trajector(y|ies)))?")
-
-def text_field(record: dict, where: str, *names: str) -> str:
-    """The first of these fields that is not null. It must be text, and not empty."""
-    text = next((record[name] for name in names if record.get(name) is not None), None)
-    check(isinstance(text, str) and text.strip(), f"{where}: {' or '.join(names)} = "
-          f"{str(text)[:40]!r}: expected text; the fields here: {', '.join(record)}")
-    return text
-
-def get_messages(record: dict, where: str) -> list:
-    """The turns of a trace or a problem. A plain prompt is one user turn."""
-    turns = record.get("messages")
-    if turns is None:
-        for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
-            check(field not in record or "prompt" in record,
-                  f"{where}: {name} format; write `messages` or `prompt` instead")
-        turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
-    check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
-    for turn in turns:
-        valid = isinstance(turn, dict) and isinstance(turn.get("role"), str)
-        check(valid and isinstance(turn.get("content"), str),
-              f"{where}: messages: expected turns with role and content, both text")
-        check_fields(turn, where)
-    check_fields(record, where)
-    return turns
-
-def check_fields(fields: dict, where: str, thinking: bool = True) -> None:
-    """Refuse what would be lost. Numbers, single words and empty values are no loss."""
-    for name, value in fields.items():
-        lost = f"{where}: {name} would be lost; "
-        if (value or name == "enable_thinking") and type(value) not in (int, float):
-            check(not OF_THE_PROMPT.fullmatch(name), lost + "write it into the text of the "
-                  "prompt, or remove it")
-        some_text = isinstance(value, list | dict) or len(str(value).split()) > 1
-        if thinking and value and some_text:
-            check(not THINKING.fullmatch(name), lost + 'put it into the text: '
-                  '"<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
-
-def unread_fields(record: dict, known: set) -> list[str]:
-    """The fields of a record and of its turns that nothing reads."""
-    turns = record.get("messages") or []
-    names = [*record.keys() - known, *(["prompt"] if turns and "prompt" in record else [])]
-    for turn in turns:
-        names += [f"messages.{name}" for name in turn.keys() - TURN_FIELDS]
-    return names
-
 def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
     messages = get_messages(record, where)
     if record.get("response") is None and messages[-1]["role"] == "assistant":
@@ -303,41 +245,6 @@ def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
     if need_logprobs:
         logp = read_logprobs(record, len(ids), tokenizer, where)
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
-
-DROPPED = {"finished": "unfinished", "correct": "wrong", "train": "not to train on",
-           "weight": "of weight 0"}
-STOPPED = ["stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", "finished"]
-
-def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
-    """Why a trace is dropped; "" if it is usable."""
-    last = get_messages(record, where)[-1]
-    for fields in (record, last if last["role"] == "assistant" else {}):
-        for name in (*DROPPED, "truncated"):
-            value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
-            check(value in (None, False, True), f"{where}: {name} = {value!r}: expected "
-                  "true or false")
-            if value == 0 and name in DROPPED:
-                return DROPPED[name]
-        stopped = str(fields.get("finish_reason") or "stop").lower() in STOPPED
-        if record.get("finished") is None and (fields.get("truncated") or not stopped):
-            return DROPPED["finished"]
-    values = record.get("teacher_logprobs") if need_logprobs else None
-    for value in values if isinstance(values, list) else []:
-        if value is None or (type(value) in (int, float) and value < -1000):
-            return "with a log-probability of null or below -1000"  # servers' -infinity
-    return ""
-
-def text_reason(record: dict, example: Example, tokenizer: Tokenizer) -> str:
-    """Why the text of a response would teach the student a wrong form; "" if it would not.
-    Thinking that it, or the template just before, opens must be closed once."""
-    response = tokenizer.without_end(prompt_and_response(record, "")[1])
-    before = tokenizer.decode(example.tokens[:example.prompt_length][-16:].tolist())
-    opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
-    thinking = re.findall("</?think>", opened + response)
-    if thinking not in ([], ["<think>", "</think>"]):
-        return "with <think> and </think> that do not match"
-    marked = tokenizer.find_mark(response) or response.endswith("</s>")
-    return "with special tokens in the text" if marked else ""
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
                 need_logprobs: bool = False,
@@ -460,6 +367,8 @@ def score(args: argparse.Namespace) -> None:
         record["teacher"] = args.teacher
         record["teacher_logprobs"] = round_logp(logp)
         record["vocab"] = tokenizer.vocab_hash
+        turns, _ = prompt_and_response(record, args.traces)
+        record.setdefault("prompt_tokens", len(tokenizer.encode_prompt(turns)))
     write_jsonl(args.out, records)
     print(f"{args.out}: {len(records)} traces scored")
 
@@ -526,6 +435,11 @@ def mix(args: argparse.Namespace) -> None:
             end = rng.randint(len(ids) // 2 + 1, len(ids))
             problem["prefix"] = ids[:end]
             problems.append(problem)
+    for path, records in ((args.traces, traces), (args.answers, answers)):
+        unread = Counter()
+        for _, record in records:
+            unread.update(unread_fields(record, TRACE_FIELDS))
+        print_unread(path, unread)
     check(problems, f"{args.answers}: no answer was cut off; --continue-all takes others, "
           "too")
     write_jsonl(args.out, problems)
@@ -715,6 +629,100 @@ def progress(items: Iterable, name: str) -> tqdm:
         return tqdm(items, name, delay=1)
     form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go\n"
     return tqdm(items, name, bar_format=form, delay=60, mininterval=60)
+
+# ---- Records of strangers: what is refused, dropped or only named
+TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "prompt_tokens",
+                "teacher_logprobs", "vocab", "finished", "correct", "teacher",
+                "temperature", "sample", "rendered", "extracted", "setup", "weight",
+                "train", "truncated", "finish_reason"}
+TURN_FIELDS = {"role", "content", "weight", "train", "truncated", "finish_reason"}
+# Fields of a record or a turn that nothing reads, though they change the prompt, or hold a
+# part of the response.
+OF_THE_PROMPT = re.compile(
+    r"enable_thinking|chat_template_kwargs|sys(tem)?(_?(prompt|message))?|tools|functions|"
+    r"\w+_calls?|(image|audio|video)s?(_?urls?)?|documents|choices|options|context")
+THINKING = re.compile(
+    r"(?i)(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_?(content|details|blocks|text|"
+    r"output|traces?|process|steps|trajector(y|ies)))?")
+
+def text_field(record: dict, where: str, *names: str) -> str:
+    """The first of these fields that is not null. It must be text, and not empty."""
+    text = next((record[name] for name in names if record.get(name) is not None), None)
+    check(isinstance(text, str) and text.strip(), f"{where}: {' or '.join(names)} = "
+          f"{str(text)[:40]!r}: expected text; the fields here: {', '.join(record)}")
+    return text
+
+def get_messages(record: dict, where: str) -> list:
+    """The turns of a trace or a problem. A plain prompt is one user turn."""
+    turns = record.get("messages")
+    if turns is None:
+        for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
+            check(field not in record or "prompt" in record,
+                  f"{where}: {name} format; write `messages` or `prompt` instead")
+        turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
+    check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
+    for turn in turns:
+        valid = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        check(valid and isinstance(turn.get("content"), str),
+              f"{where}: messages: expected turns with role and content, both text")
+        check_fields(turn, where)
+    check_fields(record, where)
+    return turns
+
+def check_fields(fields: dict, where: str, thinking: bool = True) -> None:
+    """Refuse what would be lost. Numbers, single words and empty values are no loss."""
+    for name, value in fields.items():
+        lost = f"{where}: {name} would be lost; "
+        if (value or name == "enable_thinking") and type(value) not in (int, float):
+            check(not OF_THE_PROMPT.fullmatch(name), lost + "write it into the text of the "
+                  "prompt, or remove it")
+        some_text = isinstance(value, list | dict) or len(str(value).split()) > 1
+        if thinking and value and some_text:
+            check(not THINKING.fullmatch(name), lost + 'put it into the text: '
+                  '"<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
+
+def unread_fields(record: dict, known: set) -> list[str]:
+    """The fields of a record and of its turns that nothing reads."""
+    turns = record.get("messages") or []
+    names = [*record.keys() - known, *(["prompt"] if turns and "prompt" in record else [])]
+    for turn in turns:
+        names += [f"messages.{name}" for name in turn.keys() - TURN_FIELDS]
+    return names
+
+DROPPED = {"finished": "unfinished", "correct": "wrong", "train": "not to train on",
+           "weight": "of weight 0"}
+STOPPED = ["stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", "finished"]
+
+def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
+    """Why a trace is dropped; "" if it is usable."""
+    last = get_messages(record, where)[-1]
+    for fields in (record, last if last["role"] == "assistant" else {}):
+        for name in (*DROPPED, "truncated"):
+            value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
+            check(value in (None, False, True), f"{where}: {name} = {value!r}: expected "
+                  "true or false")
+            if value == 0 and name in DROPPED:
+                return DROPPED[name]
+        stopped = str(fields.get("finish_reason") or "stop").lower() in STOPPED
+        if record.get("finished") is None and (fields.get("truncated") or not stopped):
+            return DROPPED["finished"]
+    values = record.get("teacher_logprobs") if need_logprobs else None
+    for value in values if isinstance(values, list) else []:
+        if value is None or (type(value) in (int, float) and value < -1000):
+            return "with a log-probability of null or below -1000"  # servers' -infinity
+    return ""
+
+def text_reason(record: dict, example: Example, tokenizer: Tokenizer) -> str:
+    """Why the text of a response would teach the student a wrong form; "" if it would not.
+    Thinking that it, or the template just before, opens must be closed once."""
+    response = tokenizer.without_end(prompt_and_response(record, "")[1])
+    before = tokenizer.decode(example.tokens[:example.prompt_length][-16:].tolist())
+    opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
+    thinking = re.findall("</?think>", opened + response)
+    if thinking not in ([], ["<think>", "</think>"]):
+        return "with <think> and </think> that do not match"
+    marked = tokenizer.find_mark(response) or response.endswith("</s>")
+    return "with special tokens in the text" if marked else ""
 
 # ---- Tokenizer files of strangers
 def read_tokenizer(file: Path, config: dict) -> tokenizers.Tokenizer:

@@ -439,6 +439,7 @@ def test_score_equals_transformers(toy_model, tmp_path, capsys):
     for record, given in zip(written, records, strict=True):
         assert record.pop("teacher") == str(toy_model)
         assert record.pop("vocab") == data.Tokenizer(toy_model).vocab_hash
+        assert record.pop("prompt_tokens") == 2 + len(given["prompt"].split())
         assert given | {"teacher_logprobs": record["teacher_logprobs"]} == record
     tokenizer = data.Tokenizer(toy_model)
     examples, dropped = data.load_traces(out, tokenizer, need_logprobs=True)

@@ -528,8 +528,11 @@ def test_mix(toy_model, tmp_path, capsys):
         assert not any(eos in prefix for prefix in everything for eos in (tokenizer.eot_id, 1))
     assert lengths == {5, 6, 7, 8, 9}
     capsys.readouterr()
+    data.write_jsonl(tmp_path / "answers.jsonl", [{**record, "corect": 1} for record in answers])
     data.main([*command, "0", "--continue-all"])
-    assert capsys.readouterr().out.endswith("out.jsonl: 4 of 5 kept, no right trace: 1\n")
+    said = capsys.readouterr().out
+    assert said.endswith("out.jsonl: 4 of 5 kept, no right trace: 1\n")
+    assert "answers.jsonl: not read: corect (5)\n" in said and said.count("not read") == 1
     problems = evaluate.load_problems(tmp_path / "out.jsonl")
     assert [problem["id"] for problem in problems] == ["0/2", "1/0", "2/0", "3/0"]
     assert tokenizer.eot_id not in problems[2]["prefix"] and len(problems[2]["prefix"]) >= 3

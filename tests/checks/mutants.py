@@ -88,6 +88,7 @@ MUTANTS = [
     ("data.py", "object_pairs_hook=no_duplicates", "strict=True"),
     ("data.py", "target = Path(path).resolve()", "target = Path(path)"),
     ("data.py", "check(np.isfinite(results[i]).all(),", "check(True,"),
+    ("data.py", '        record.setdefault("prompt_tokens", len(tokenizer.encode_prompt(turns)))\n', ""),
     ("data.py", "byte_level and split.add_prefix_space", "False"),
     ("data.py", "tokenizer.find_mark(response) or", "False or"),
     ("data.py", "for name in turn.keys() - TURN_FIELDS", "for name in []"),
