@@ -318,7 +318,8 @@ def train(args: argparse.Namespace) -> dict:
     """One run, read from top to bottom. Returns its run.json."""
     # A finished run is not done again.
     check_objective(args)
-    check(not args.compile or shutil.which(os.environ.get("CXX", "g++")),
+    needs_compiler = args.compile and args.device == "cpu"
+    check(not needs_compiler or shutil.which(os.environ.get("CXX", "g++")),
           "--compile needs a C++ compiler: install g++, or leave the option out")
     out, run = Path(args.out), load_run(args)
     if "seconds" in run:
