@@ -167,7 +167,8 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
     """A model and its tokenizer. The model also stops at the template's end of turn, which
     the config of a base model does not name (Qwen2.5: <|im_end|>)."""
     if device != "cpu":
-        index = int(device.removeprefix("cuda").lstrip(":") or 0)
+        number = device.removeprefix("cuda").lstrip(":")
+        index = int(number or 0)
         check(index < torch.cuda.device_count(), f"--device {device}: no such GPU here")
         torch.cuda.set_device(index)  # where graphs are recorded
     tokenizer = Tokenizer(path_or_repo)
@@ -676,15 +677,18 @@ def check_fields(fields: dict, where: str, thinking: bool = True) -> None:
         if (value or name == "enable_thinking") and type(value) not in (int, float):
             check(not OF_THE_PROMPT.fullmatch(name), lost + "write it into the text of the "
                   "prompt, or remove it")
-        some_text = isinstance(value, list | dict) or len(str(value).split()) > 1
+        words = str(value).split()
+        some_text = isinstance(value, list | dict) or len(words) > 1
         if thinking and value and some_text:
             check(not THINKING.fullmatch(name), lost + 'put it into the text: '
                   '"<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
 
 def unread_fields(record: dict, known: set) -> list[str]:
     """The fields of a record and of its turns that nothing reads."""
+    names = list(record.keys() - known)
     turns = record.get("messages") or []
-    names = [*record.keys() - known, *(["prompt"] if turns and "prompt" in record else [])]
+    if turns and "prompt" in record:
+        names.append("prompt")
     for turn in turns:
         names += [f"messages.{name}" for name in turn.keys() - TURN_FIELDS]
     return names
@@ -695,8 +699,11 @@ STOPPED = ["stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed",
 
 def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
     """Why a trace is dropped; "" if it is usable."""
+    sources = [record]
     last = get_messages(record, where)[-1]
-    for fields in (record, last if last["role"] == "assistant" else {}):
+    if last["role"] == "assistant":
+        sources.append(last)
+    for fields in sources:
         for name in (*DROPPED, "truncated"):
             value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
             check(value in (None, False, True), f"{where}: {name} = {value!r}: expected "
@@ -716,7 +723,8 @@ def text_reason(record: dict, example: Example, tokenizer: Tokenizer) -> str:
     """Why the text of a response would teach the student a wrong form; "" if it would not.
     Thinking that it, or the template just before, opens must be closed once."""
     response = tokenizer.without_end(prompt_and_response(record, "")[1])
-    before = tokenizer.decode(example.tokens[:example.prompt_length][-16:].tolist())
+    prompt = example.tokens[:example.prompt_length].tolist()
+    before = tokenizer.decode(prompt[-16:])
     opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]
     thinking = re.findall("</?think>", opened + response)
     if thinking not in ([], ["<think>", "</think>"]):

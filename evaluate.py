@@ -87,7 +87,8 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
     for where, record in data.read_jsonl(file):
         data.check_fields(record, where, thinking=False)
         others = [name for name in QUESTIONS if record.get(name) is not None][1:]
-        known = {"response", *QUESTIONS, *GOLDS, *PROBLEM}.difference(others)
+        known = {"response", *QUESTIONS, *GOLDS, *PROBLEM}
+        known.difference_update(others)
         unread.update(data.unread_fields(record, known))
         fields = ", ".join(record)
         record.setdefault("id", where.rpartition(" ")[2])

@@ -83,7 +83,7 @@ MUTANTS = [
     ("data.py", "check(not mark,", "check(True,"),
     ("data.py", ' or not stopped', ""),
     ("data.py", 'fields.get("truncated") or not', "not"),
-    ("data.py", "if last[\"role\"] == \"assistant\" else {}", ""),
+    ("data.py", "    if last[\"role\"] == \"assistant\":\n        sources.append(last)", "    sources.append(last)"),
     ("data.py", "ids[-1:] == [self.eot_id]:  # BERT", "False:  # BERT"),
     ("data.py", "object_pairs_hook=no_duplicates", "strict=True"),
     ("data.py", "target = Path(path).resolve()", "target = Path(path)"),
