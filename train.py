@@ -243,8 +243,8 @@ def collapse_warnings(line: dict, start: float) -> dict[str, str]:
     if line["weight"] < 0.6:
         warnings["weight"] = "many tokens are unlikely for the student; try --objective sft"
     if line["end"] < 0.1:
-        warnings["end"] = ("the student hardly ever ends an answer; ends count as in SFT, "
-                           "but watch the share cut off")
+        warnings["end"] = ("ends of turn are new to this student; they count as in SFT. An "
+                           "Instruct student knows them")
     if line["unweighted"] > 1.5 * start + 0.5:
         warnings["loss"] = (f"the unweighted loss was {start:.2f} at first; lower --lr, or "
                             "try --objective sft")
