@@ -10,6 +10,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "0"  # clusters export 1, and the server of hub.py is not the Hub
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores
 
 import atexit
 import json

@@ -203,7 +203,7 @@ def lives(mutant: tuple[str, str, str]) -> bool:
         for tests in [f"tests/{name}" for name in FIRST[file]], ["tests"]:
             try:
                 done = subprocess.run(
-                    [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "-p",
+                    [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:randomly", "-p",
                      "no:cacheprovider", *tests], cwd=copy, capture_output=True, timeout=400,
                     env={**os.environ, "OMP_NUM_THREADS": "1"})
             except subprocess.TimeoutExpired:  # a loop that never ends is seen, too
