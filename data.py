@@ -167,8 +167,7 @@ def load(path_or_repo: str | Path, dtype: str = "float32",
     """A model and its tokenizer. The model also stops at the template's end of turn, which
     the config of a base model does not name (Qwen2.5: <|im_end|>)."""
     if device != "cpu":
-        number = device.removeprefix("cuda").lstrip(":")
-        index = int(number or 0)
+        index = torch.device(device).index or 0
         check(index < torch.cuda.device_count(), f"--device {device}: no such GPU here")
         torch.cuda.set_device(index)  # where graphs are recorded
     tokenizer = Tokenizer(path_or_repo)

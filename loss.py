@@ -22,8 +22,8 @@ Ours, not the paper's (we had its abstract and summaries, not its full text):
 1. The factor 2, so that w = 1 where student and teacher agree.
 2. The loss is divided by the number of tokens, not by the sum of w.
 3. The default tau = 0.7.
-4. In train.backward, the end of turn has w = 1: a base model hardly ever writes it, so its
-   w would be near 0, and the student would be slow to learn to stop, or never would.
+4. In train.backward, the end of turn has w = 1. A base model hardly ever writes it, so the
+   formula gives it a weight near 0, and the student would learn to stop late or never.
 """
 
 import math

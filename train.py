@@ -438,7 +438,7 @@ def train(args: argparse.Namespace) -> dict:
                 warned.add(sign)
         if save:
             save_checkpoint(out, done, student, optimizer)
-        lines = [*lines[:1], line]
+        lines.append(line)
         pending, last_line = [], time.perf_counter()
 
     # The result, in fp32: bfloat16 would round most of a short run at 1e-5 away.

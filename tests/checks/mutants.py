@@ -153,7 +153,7 @@ MUTANTS = [
     ("train.py", 'lines[-1]["seconds"] if lines else 0.0', "0.0"),
     ("train.py", """        if save:
             save_checkpoint(out, done, student, optimizer)
-        lines = [*lines[:1], line]
+        lines.append(line)
         pending, last_line = [], time.perf_counter()
 """, """        pending, last_line = [], time.perf_counter()
         if save:
