@@ -624,11 +624,11 @@ def run_command(main: Callable, after_interrupt: str = "") -> None:
         sys.exit(f"interrupted; {after_interrupt or 'nothing was written'}")
 
 def progress(items: Iterable, name: str) -> tqdm:
-    """A bar on a terminal; elsewhere, a line a minute."""
+    """A bar on a terminal; elsewhere, a line a minute, and the last one not twice."""
     if sys.stderr.isatty():
         return tqdm(items, name, delay=1)
     form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go\n"
-    return tqdm(items, name, bar_format=form, delay=60, mininterval=60)
+    return tqdm(items, name, bar_format=form, delay=60, mininterval=60, leave=False)
 
 # ---- Records of strangers: what is refused, dropped or only named
 TRACE_FIELDS = {"id", "prompt", "messages", "response", "answer", "tokens", "prompt_tokens",

@@ -40,6 +40,7 @@ from model import Config, Transformer, check, read_json
 CHUNK = {"cpu": 256, "cuda": 1024}  # rows that have logits at the same time
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
+LOG_SECONDS, SAVE_SECONDS = 60, 600  # on a slow machine, steps alone would be too rare
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -76,8 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--recompute", action="store_true", help="recompute activations to save memory")
     add("--compile", action="store_true", help="torch.compile blocks and loss (needs g++)")
-    add("--log-every", type=positive, default=10, help="steps in a log line")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--log-every", type=positive, default=10, help="steps in a log line, "
+        f"or {LOG_SECONDS} seconds")
+    add("--save-every", type=positive, default=500, help="steps between "
+        f"checkpoints, or {SAVE_SECONDS // 60} minutes")
     return parser
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -378,11 +381,11 @@ def train(args: argparse.Namespace) -> dict:
     print_header(out, run, examples, first, args)
 
     # The loop: one optimizer step a round.
-    begin = last_line = time.perf_counter()
+    begin = last_line = last_save = time.perf_counter()
     seconds_before = lines[-1]["seconds"] if lines else 0.0  # of earlier processes
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
-    pending = []  # the sums of the steps since the last log line
+    pending, read = [], 0  # since the last log line: sums of each step; all tokens
     printed = 0  # lines
     warned, first_loss = set(), lines[0]["unweighted"] if lines else None
     progress = tqdm(range(first, args.steps), "training", disable=None)
@@ -400,13 +403,15 @@ def train(args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         pending.append(torch.cat([sums, sums.new_tensor([tokens]), norm[None]]))
+        read += sum(len(trace.tokens) for traces in micro_batches for trace in traces)
 
         # Most steps end here. A log line waits for the device once per interval.
-        done = step + 1
-        save = done < args.steps and done % args.save_every == 0
-        if done % args.log_every and not save and done < args.steps:
+        now, done = time.perf_counter(), step + 1
+        save = done % args.save_every == 0 or now - last_save > SAVE_SECONDS
+        log_now = done % args.log_every == 0 or now - last_line > LOG_SECONDS
+        if not save and not log_now and done < args.steps:
             continue
-        recent = torch.stack(pending).cpu()
+        recent = torch.stack(pending).cpu()  # on a GPU, the steps end here
         check(recent.isfinite().all(), f"{out}: loss or gradient is not finite in steps "
               f"{done - len(recent) + 1} to {done}; begin anew with a lower --lr")
         total, unweighted, w, w_squared, end, ends, tokens, norms = recent.sum(0).tolist()
@@ -422,7 +427,7 @@ def train(args: argparse.Namespace) -> dict:
             "norm": norms / len(recent),
             "lr": optimizer.param_groups[0]["lr"],
             "gb": peak_memory_gb(args.device),
-            "tok/s": round(tokens / (now - last_line)),
+            "tok/s": round(read / (now - last_line)),
             "seconds": round(seconds_before + now - begin),
         }
         data.write_lines(log, [line], "a")
@@ -430,16 +435,20 @@ def train(args: argparse.Namespace) -> dict:
             progress.write(" ".join(f"{key:>8}" for key in line), sys.stdout)
         columns = [f"{value:{max(8, len(key))}.3g}" if isinstance(value, float) else
                    f"{value:8}" for key, value in line.items()]
+        if progress.disable:  # no terminal, so no bar that shows it
+            left = (now - begin) / (done - first) * (args.steps - done)
+            columns.append(f" {tqdm.format_interval(left)} to go")
         progress.write(" ".join(columns), sys.stdout)
         printed += 1
         for sign, warning in collapse_warnings(line, first_loss).items():
             if has_ratio(args.objective) and sign not in warned:
                 progress.write(f"warning: {warning}", sys.stdout)
                 warned.add(sign)
-        if save:
+        if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
+            last_save = time.perf_counter()
         lines.append(line)
-        pending, last_line = [], time.perf_counter()
+        pending, read, last_line = [], 0, time.perf_counter()
 
     # The result, in fp32: bfloat16 would round most of a short run at 1e-5 away.
     student.save_pretrained(out)

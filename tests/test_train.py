@@ -525,9 +525,9 @@ def test_the_toy_after_an_edit(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(said) == 1
 
 
-def test_seconds_and_tokens_per_second(toy_model, traces, tmp_path, monkeypatch):
-    """Guards a time that forgets the processes before, and tok/s that counts a checkpoint's time
-    as training. The clock ticks 7 s at each look, and a checkpoint takes 1,000."""
+@pytest.fixture
+def slow_clock(monkeypatch) -> None:
+    """It ticks 7 s at each look: after a step, for a log line, after it. A checkpoint takes 1,000."""
     now, save = [0], train.save_checkpoint
 
     def look():
@@ -540,18 +540,39 @@ def test_seconds_and_tokens_per_second(toy_model, traces, tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=look))
     monkeypatch.setattr(train, "save_checkpoint", slow)
+    for limit in ("LOG_SECONDS", "SAVE_SECONDS"):
+        monkeypatch.setattr(train, limit, math.inf)
+
+
+def test_seconds_and_tokens_per_second(toy_model, traces, tmp_path, monkeypatch, slow_clock):
+    """Guards a time that forgets the processes before, tok/s that counts a checkpoint's time as
+    training, and tok/s without the prompts, which are most of the work in short answers."""
     interrupted(monkeypatch, options(toy_model, traces, tmp_path / "run"), 7)
     run = train.train(options(toy_model, traces, tmp_path / "run", "--resume"))
     lines = [line for _, line in data.read_jsonl(tmp_path / "run" / "log.jsonl")]
-    assert [line["seconds"] for line in lines] == [7, 21, 28, 42, 56, 1070]
-    assert run["seconds"] == 1084
+    assert [line["seconds"] for line in lines] == [28, 56, 70, 105, 126, 1161]
+    assert run["seconds"] == 1175
     examples, _ = data.load_traces(traces, data.Tokenizer(toy_model), 64)
-    size = [sum(len(example.tokens) - example.prompt_length for part in
-                data.step_examples(examples, step, 4, 2, 0) for example in part)
-            for step in range(12)]
+    size = [sum(len(example.tokens) for part in data.step_examples(examples, step, 4, 2, 0)
+                for example in part) for step in range(12)]
     steps = [0, *(line["step"] for line in lines)]
     assert [line["tok/s"] for line in lines] == [
-        round(sum(size[a:b]) / 7) for a, b in itertools.pairwise(steps)]
+        round(sum(size[a:b]) / (7 * (b - a + 1))) for a, b in itertools.pairwise(steps)]
+
+
+def test_lines_and_checkpoints_by_time(toy_model, traces, tmp_path, monkeypatch, capsys,
+                                       slow_clock):
+    """Guards slow steps that say nothing for minutes, that are lost when a run is killed, and that
+    give no time to go where no bar shows it."""
+    monkeypatch.setattr(train, "LOG_SECONDS", 25)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 40)
+    interrupted(monkeypatch, options(toy_model, traces, tmp_path / "run", "--log-every", "100",
+                                     "--save-every", "100"), 8)
+    lines = [line["step"] for _, line in data.read_jsonl(tmp_path / "run" / "log.jsonl")]
+    saved = [folder.name for folder in (tmp_path / "run").glob("checkpoint*")]
+    said = capsys.readouterr().out
+    assert lines == [4, 5] and saved == ["checkpoint-00000005"]
+    assert re.findall(r"\S+ to go", said) == ["01:10 to go", "01:18 to go"]
 
 
 def test_dtype_by_device(tmp_path):

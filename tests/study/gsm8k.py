@@ -29,7 +29,7 @@ from model import check, read_json
 
 HOME = Path(__file__).parents[2]
 NEEDS_TEACHER = {"kl", "rkl"}
-COLUMNS = ["run", "lr", "greedy", "- SFT", "avg@4", "- SFT ", "ExAccErr, %", "tokens", "steps",
+COLUMNS = ["run", "lr", "greedy", "- SFT", "sampled", "- SFT ", "ExAccErr, %", "tokens", "steps",
            "sec.", "GB"]
 
 
@@ -37,6 +37,7 @@ def run(log: Path, *words: object) -> str:
     """A command in a process of its own, so that its peak memory is its own. Returns its lines."""
     command = list(map(str, words))
     said = []
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         for line in (f"$ python {shlex.join(command)}\n",):
             print(line, end="", flush=True)
@@ -68,9 +69,13 @@ class Study:
         return evaluate.read_answers(out)
 
     def train(self, name: str, student: object, traces: Path, out: Path, *more: object) -> dict:
-        teacher = ["--teacher", self.args.teacher] if name in NEEDS_TEACHER else []
+        """`name` is an objective, or one with a tau: discord@1."""
+        name, _, tau = name.partition("@")
+        options = ["--tau", tau] if tau else []
+        if name in NEEDS_TEACHER:
+            options += ["--teacher", self.args.teacher]
         run(self.log, "train.py", "--student", student, "--traces", traces, "--out", out, "--seed",
-            self.args.seed, "--objective", name, "--resume", *self.more, *teacher, *more)
+            self.args.seed, "--objective", name, "--resume", *self.more, *options, *more)
         return read_json(out / "run.json")
 
     def make_traces(self, answers: list[dict], file: Path) -> int:
@@ -96,8 +101,8 @@ class Study:
                    "--log-every", 2)
         *_, (_, line) = data.read_jsonl(out / "log.jsonl")
         traces, run = data.read_jsonl(self.out / "probe/traces.jsonl"), read_json(out / "run.json")
-        tokens = [len(record["teacher_logprobs"]) for _, record in traces
-                  if not data.drop_reason(record)]
+        tokens = [record["prompt_tokens"] + len(record["teacher_logprobs"])
+                  for _, record in traces if not data.drop_reason(record)]
         size = run["options"]["batch_size"] * run["options"]["grad_accum"]
         return sum(tokens) / len(tokens) * size / line["tok/s"]
 
@@ -119,13 +124,13 @@ class Study:
         training = sum(step[name in NEEDS_TEACHER] for name in args.objectives) * steps
         runs = len(args.objectives) * len(args.rates)
         batches = {name: math.ceil(count / args.answers) for name, count in counts.items()}
-        test = batches["test"] + math.ceil(4 * counts["test"] / args.answers)
+        test = batches["test"] + math.ceil(args.test_samples * counts["test"] / args.answers)
         parts = {
             "traces of the teacher": math.ceil(counts["train"] * args.samples / args.answers)
             * teacher,
             "warm-up": args.warm_up * step[False],
             f"{runs} runs of {steps} steps": training * len(args.rates),
-            "held-back problems": runs * batches["dev"] * pupil,
+            "held-back problems": 2 * runs * batches["dev"] * pupil,
             "test problems": (len(args.objectives) + 1) * test * pupil + test * teacher,
         }
         lines = [f"{seconds / 3600:8.2f} h  {what}\n" for what, seconds in parts.items()]
@@ -135,18 +140,21 @@ class Study:
 
     # ---- The study
     def best_rate(self, name: str, student: object) -> tuple[str, Path]:
-        """The rate with the best greedy accuracy on the held-back problems, and its run."""
+        """The rate with the best accuracy on the held-back problems, half of it greedy and half
+        sampled, and its run."""
         found = []
         for rate in self.args.rates:
             out = self.out / f"{name}-{rate}"
             self.train(name, student, self.out / "traces.jsonl", out, "--lr", rate)
-            s = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
-            found.append((s["accuracy"], -s["cut_off"], rate, out))  # then fewer cut off
-        best = max(found, key=lambda one: one[:2])
-        *_, rate, out = best
-        if sum(one[:2] == best[:2] for one in found) > 1:
+            greedy = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
+            sampled = evaluate.summarize(self.answer(out, "dev", out / "dev-T1.jsonl",
+                                                     "--temperature", 1))
+            found.append((greedy["accuracy"] + sampled["accuracy"], rate, out))
+        best = max(found, key=lambda one: one[0])
+        _, rate, out = best
+        if sum(one[0] == best[0] for one in found) > 1:
             print(f"note: of several equal rates of {name}, {rate} is the first", flush=True)
-        if rate in (self.args.rates[0], self.args.rates[-1]):
+        if len(self.args.rates) > 2 and rate in (self.args.rates[0], self.args.rates[-1]):
             print(f"note: the best rate of {name}, {rate}, is at an end of the grid", flush=True)
         return rate, out
 
@@ -155,7 +163,8 @@ class Study:
         row = {}
         for column, gain, file, more in (
                 ("greedy", "- SFT", "test-greedy.jsonl", []),
-                ("avg@4", "- SFT ", "test-T1x4.jsonl", ["--temperature", 1, "--samples", 4])):
+                ("sampled", "- SFT ", "test-T1.jsonl",
+                 ["--temperature", 1, "--samples", self.args.test_samples])):
             s = evaluate.summarize(self.answer(model, "test", folder / file, *more))
             row[column] = f"{s['accuracy']:.3f} ± {s['standard_error']:.3f}"
             row.setdefault("tokens", f"{s['mean_tokens']:.0f}")
@@ -166,6 +175,8 @@ class Study:
         return row
 
     def exposure(self, folder: Path) -> str:
+        if not self.args.exposure_length:
+            return ""
         file = folder / "exposure.jsonl"
         if not file.exists():
             run(self.log, "evaluate.py", "exposure", "--teacher", self.args.teacher, "--student",
@@ -191,48 +202,59 @@ class Study:
         return rows
 
 
-def cut(model: str, layers: int, out: Path) -> Path:
-    """A student made of the first layers of a model."""
+def cut(model: object, layers: str, out: Path) -> Path:
+    """A student made of a model's first layers ("12"), or of its first and last ones ("12+8")."""
     if not (out / "config.json").exists():
         student, _ = data.load(model)
-        student.model.layers = student.model.layers[:layers]
-        student.config.raw["num_hidden_layers"] = layers
+        first, _, last = layers.partition("+")
+        blocks = student.model.layers
+        student.model.layers = blocks[:int(first)] + blocks[len(blocks) - int(last or 0):]
+        student.config.raw["num_hidden_layers"] = len(student.model.layers)
         student.save_pretrained(out)
     return out
 
 
-def main(argv: list[str]) -> list[dict]:
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the study, and those for train.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add, positive = parser.add_argument, data.bounded(int, 1)
     add("--teacher", default="Qwen/Qwen2.5-1.5B-Instruct")
     add("--student", default="Qwen/Qwen2.5-0.5B-Instruct")
-    add("--layers", type=positive, help="the student is only the first layers of --student")
+    add("--layers", help="of --student: 12, the first ones, or 12+8, without those between")
     add("--train", default="gsm8k:train", help="name or JSONL file of the training problems")
     add("--test", default="gsm8k", help="the same of the test problems")
     add("--problems", type=positive, help="only the first ones for training")
     add("--held-back", type=positive, default=500, help="the last ones of --train")
+    add("--suffix", default="box", help="what follows each question (default: asks for a box)")
     add("--limit", type=positive, help="only the first test problems")
+    add("--test-samples", type=positive, default=4, help="of each test problem, at T = 1")
     add("--samples", type=positive, default=4, help="of the teacher for each problem")
     add("--temperature", default="1", help="of the teacher (default: 1)")
     add("--keep-wrong", action="store_true", help="train on wrong answers, too: a try-out")
     add("--warm-up", type=data.bounded(int, 0), default=0, help="steps of SFT before all others")
     add("--warm-up-lr", default="1e-5")
-    add("--objectives", nargs="+", default=["sft", "dft", "kl", "rkl", "discord"])
+    add("--lessons", help="traces of the warm-up (default: the teacher's)")
+    add("--objectives", nargs="+", default=["sft", "dft", "kl", "rkl", "discord"],
+        help="discord@1 is discord with tau = 1")
     add("--rates", nargs="+", default=["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"])
     add("--max-new-tokens", type=positive, default=512)
     add("--answers", type=positive, default=256, help="at a time")
-    add("--exposure-length", type=positive, default=128, help="tokens of ExAccErr")
+    add("--exposure-length", type=data.bounded(int, 0), default=128, help="tokens of ExAccErr")
     add("--seed", type=int, default=0)
     add("--estimate", action="store_true", help="only say how long it will take")
     add("--out", default="runs/gsm8k")
-    args, more = parser.parse_known_args(argv)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str]) -> list[dict]:
+    args, more = parse_args(argv)
     study = Study(args, more)
-    known = evaluate.load_problems(args.train, "box")
+    known = evaluate.load_problems(args.train, args.suffix)
     check(len(known) > args.held_back, f"--held-back {args.held_back}: of {len(known)} problems")
     data.write_jsonl(study.out / "train.jsonl", known[:-args.held_back][:args.problems])
     data.write_jsonl(study.out / "dev.jsonl", known[-args.held_back:])
     data.write_jsonl(study.out / "test.jsonl",
-                     evaluate.load_problems(args.test, "box")[:args.limit])
+                     evaluate.load_problems(args.test, args.suffix)[:args.limit])
     student: object = args.student
     if args.layers:
         student = cut(args.student, args.layers, study.out / "cut")
@@ -245,8 +267,8 @@ def main(argv: list[str]) -> list[dict]:
     usable = study.make_traces(answers, study.out / "traces.jsonl")
     print(f"{usable} of {len(answers)} answers are traces", flush=True)
     if args.warm_up:
-        study.train("sft", student, study.out / "traces.jsonl", study.out / "warm", "--steps",
-                    args.warm_up, "--lr", args.warm_up_lr)
+        study.train("sft", student, args.lessons or study.out / "traces.jsonl",
+                    study.out / "warm", "--steps", args.warm_up, "--lr", args.warm_up_lr)
         student = study.out / "warm"
     rows = study.table(student)
     lines = ["| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |\n"
