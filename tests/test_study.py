@@ -1,10 +1,14 @@
 """The study's own weights and measures, which its conclusions rest on."""
 
 import math
+import random
+import re
+from collections import Counter
 
 import pytest
 import study
 import torch
+import words
 
 import data
 import train
@@ -64,3 +68,68 @@ def test_world_with_four_ways(tmp_path, monkeypatch):
 def test_half_interval():
     """Guards a wrong Student's t or a standard deviation of the population."""
     assert study.half_interval([1, 2, 3]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+
+
+def test_problems_of_words():
+    """Guards a question that its facts do not answer, or answer in two ways, facts told backwards
+    and skips in other shares than asked for, and a written step that is wrong."""
+    rng, hops, backwards, skips, pairs = random.Random(0), Counter(), 0, 0, 0
+    for _ in range(2000):
+        record = words.problem(rng, back=0.3, skip=0.25)
+        prompt = record["messages"][-1]["content"]
+        told, _, asked = prompt.rpartition("Who is")
+        facts = words.known_facts(told)
+        path = re.findall(r"the (\w+) of", asked)
+        assert len(facts) == told.count(".") == len(path) + 2
+        name = asked.removesuffix("?").split()[-1]
+        assert words.follow(facts, name, path[::-1]) == record["answer"]
+        hops[len(path)] += 1
+        backwards += sum(way == "backwards" for _, way in facts.values()) / len(facts)
+        found = words.read_steps({**record, "finished": True})
+        for kind in ("forwards", "backwards", "skip"):
+            assert found[f"{kind}, right"] == found[kind]
+        assert found["invented"] == found["too early"] == found["too late"] == 0
+        skips += found["skip"]
+        pairs += found["skip"] + max(found["forwards"] + found["backwards"] - 1, 0)
+    assert [hops[k] / 2000 for k in (2, 3, 4)] == pytest.approx([1 / 3] * 3, abs=0.04)
+    assert backwards / 2000 == pytest.approx(0.3, abs=0.02)
+    assert 0.2 < skips / pairs < 0.4
+
+
+PROMPT = ("Tom's friend is Amy. Bob is the boss of Amy. Bob's coach is Eva. "
+          "Who is the coach of the boss of the friend of Tom?")
+
+
+def words_record(response: str, finished: bool = True) -> dict:
+    return {"messages": [{"role": "user", "content": PROMPT}], "response": response,
+            "finished": finished}
+
+
+@pytest.mark.parametrize(("response", "expected"), [
+    ("Tom's friend is Amy. Amy's boss is Bob. Bob's coach is Eva. #### Eva",
+     {"forwards": 2, "forwards, right": 2, "backwards": 1, "backwards, right": 1}),
+    ("Tom's friend is Amy. Amy's boss is Eva. #### Eva",
+     {"forwards": 1, "forwards, right": 1, "backwards": 1, "too early": 1}),
+    ("Tom's friend's boss is Amy. Bob's coach is Eva. #### Eva",
+     {"skip": 1, "with a skip": 1, "forwards": 1, "forwards, right": 1}),
+    ("Tom's friend's boss's coach is Eva. Eva's uncle is Tom. #### Tom",
+     {"skip": 1, "skip, right": 1, "with a skip": 1, "invented": 1, "too late": 1}),
+])
+def test_steps_of_words(response, expected):
+    """Guards a skip that counts as a look-up, a wrong one as right, a stop in the wrong place."""
+    found = words.read_steps(words_record(response))
+    assert {key: value for key, value in found.items() if value} == {"answers": 1, **expected}
+    assert words.read_steps(words_record(response, finished=False))["too late"] == 1
+
+
+def test_kinds_of_tokens(toy_model):
+    """Guards weights of tokens beside those that their row names; here a token is a word."""
+    tokenizer = data.Tokenizer(toy_model)
+    tokenizer.pieces = lambda ids: [
+        "Tom", "'s", " friend", "'s", " boss", " is", " Bob", ".", " Bob", "'s", " coach", " is",
+        " Eva", ".", " ####", " Eva", "<end>"]
+    kinds = words.kinds_of_tokens(words_record(
+        "Tom's friend's boss is Bob. Bob's coach is Eva. #### Eva"), tokenizer)
+    assert {i: kind for i, kind in enumerate(kinds) if kind != "rest"} == {
+        3: "'s, which begins a skip", 6: "name after a skip", 12: "name after a step told forwards",
+        14: "#### after a step", 15: "answer after a step", 16: "end of turn after a step"}

@@ -527,7 +527,7 @@ def test_the_toy_after_an_edit(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def slow_clock(monkeypatch) -> None:
-    """It ticks 7 s at each look: after a step, for a log line, after it. A checkpoint takes 1,000."""
+    """It ticks 7 s at each look: after a step, for a line, after it. A checkpoint takes 1,000 s."""
     now, save = [0], train.save_checkpoint
 
     def look():

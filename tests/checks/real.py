@@ -1,8 +1,9 @@
 """Real weights in one command, next to transformers: python tests/checks/real.py
 
 --model NAME_OR_FOLDER is SmolLM2-135M-Instruct from the Hub by default. --gguf FILE is taken apart
-into a folder first; that needs `pip install gguf` and, for the exact tokenizer, --tokenizer. The
-folder --out keeps every answer with its verdict. Not a test: about ten minutes on one core.
+into a folder first; that needs `pip install gguf` and, for the exact tokenizer, --tokenizer. With
+--convert, it ends there. The folder --out keeps every answer with its verdict. Not a test: about
+ten minutes on one core.
 """
 
 import argparse
@@ -180,16 +181,22 @@ def main(argv: list[str] | None = None) -> bool:
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     add("--gguf", type=Path, help="take the weights of this file instead")
     add("--tokenizer", help="folder or Hub name of the tokenizer of --gguf")
+    add("--convert", action="store_true", help="only take --gguf apart")
     add("--benchmark", default="gsm8k", help="or a JSONL file of problems")
     add("--problems", type=int, default=16)
     add("--max-new-tokens", type=int, default=320)
     add("--out", default="runs/real")
     args = parser.parse_args(argv)
+    if args.convert and not args.gguf:
+        parser.error("--convert needs --gguf")
     ROWS.clear()
     logging.disable_progress_bar()
     folder = model_folder(args.model) if args.gguf is None else Path(args.out) / args.gguf.stem
     if args.gguf and not (folder / "config.json").exists():
         convert(args.gguf, folder, args.tokenizer)
+    if args.convert:
+        print(f"{folder}: use it as a model")
+        return True
     _, tokenizer = data.load(folder)
     problems = evaluate.load_problems(args.benchmark, "box")
     prompts = [evaluate.encode_problem(problem, tokenizer) for problem in problems[:8]]

@@ -10,28 +10,40 @@ further seed uses the same teacher. On a GPU, --scale 4 trains longer and on mor
 """
 
 import argparse
+import csv
 import random
+import re
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import gsm8k
+import study
 
 import data
 import evaluate
+import loss
+from model import read_json
 
-NAMES = """Alice Amy Anna Ben Bob Carl David Emma Eva Frank Grace Henry Ivy Jack Jane Kate Leo Linda
-Lucy Maria Mark Max Nick Paul Peter Rose Ruth Sam Sara Tom Tony Victor""".split()
-ROLES = "boss coach doctor friend neighbor sister teacher uncle".split()
+NAMES = [
+    "Alice", "Amy", "Anna", "Ben", "Bob", "Carl", "David", "Emma", "Eva", "Frank", "Grace", "Henry",
+    "Ivy", "Jack", "Jane", "Kate", "Leo", "Linda", "Lucy", "Maria", "Mark", "Max", "Nick", "Paul",
+    "Peter", "Rose", "Ruth", "Sam", "Sara", "Tom", "Tony", "Victor"]
+ROLES = ["boss", "coach", "doctor", "friend", "neighbor", "sister", "teacher", "uncle"]
 HOPS = 2, 3, 4
 LAYERS = "12+8"
-OBJECTIVES = ["sft", "dft", "kl", "rkl", "discord", "discord@1"]
+OBJECTIVES = {"sft": "SFT", "dft": "DFT", "kl": "KL", "rkl": "reverse KL",
+              "discord": "DisCorD, τ = 0.7", "discord@1": "DisCorD, τ = 1"}
 RATES = ["1e-4", "3e-4"]
 TEACHER_STEPS, STUDENT_STEPS, STEPS = 90, 150, 60  # of eight traces each
 PROBLEMS, HELD_BACK, TEST = 900, 150, 300
 MOST_TOKENS = 64  # of an answer; the longest right one has about 40
+STEP = re.compile(r"(\w+)((?:'s \w+)+) is (\w+)\.")
 
 
 # ---- The task
@@ -49,11 +61,12 @@ def problem(rng: random.Random, back: float, skip: float) -> dict:
     names = rng.sample(NAMES, hops + 3)
     chain, others = names[:hops + 1], names[hops + 1:]
     roles = [rng.choice(ROLES) for _ in range(hops)]
-    facts = list(zip(chain, roles, chain[1:], strict=False))
-    for other in others:
-        i = rng.randrange(hops)
-        facts.append((chain[i], rng.choice([role for role in ROLES if role != roles[i]]), other))
-    told = [fact(rng, *known, back) for known in facts]
+    facts = dict(zip(zip(chain, roles, strict=False), chain[1:], strict=True))
+    while others:
+        known = rng.choice(chain[:-1]), rng.choice(ROLES)
+        if known not in facts:
+            facts[known] = others.pop()
+    told = [fact(rng, *known, other, back) for known, other in facts.items()]
     rng.shuffle(told)
     asked = " of ".join(f"the {role}" for role in reversed(roles))
     prompt = " ".join([*told, f"Who is {asked} of {chain[0]}?"])
@@ -147,16 +160,27 @@ class Words(gsm8k.Study):
         self.train("sft", blank, lessons, self.before, "--steps", self.size(STUDENT_STEPS),
                    "--lr", "2e-4")
 
-    def check_gain(self) -> list[dict]:
+    def check_gain(self) -> Path:
         """If not even right answers that are written out help, no objective has much to gain."""
         lessons, out = self.home / "check.jsonl", self.home / "check"
         write(lessons, int(self.size(STEPS)) * 8, back=0.5)
         self.train("sft", self.before, lessons, out, "--lr", RATES[0])
-        rows = []
-        for folder, model in ((self.home / "before", self.before), (out, out)):
-            rows.append(self.measure(model, folder, None))
-        print(f"check, student before: {rows[0]}\ncheck, after lessons without skips: {rows[1]}")
-        return rows
+        before = self.measure(self.before, self.before, None)
+        after = self.measure(out, out, None)
+        print(f"check, student before: {before}\ncheck, after lessons without skips: {after}")
+        return out
+
+    def run_all(self, weights: str) -> dict[str, Path]:
+        """The folder with the test answers of each row of the table."""
+        self.make_all_traces()
+        self.make_student(weights)
+        folders = {"teacher": self.home / "teacher", "student before": self.before,
+                   "lessons without skips": self.check_gain()}
+        self.measure(self.teacher, folders["teacher"], None)
+        for objective, name in OBJECTIVES.items():
+            _, folders[name] = self.best_rate(objective, self.before)
+            self.measure(folders[name], folders[name], None)
+        return folders
 
     def make_all_traces(self) -> None:
         write(self.home / "known.jsonl", int(self.size(PROBLEMS)) + int(self.size(HELD_BACK)), 0.5)
@@ -171,6 +195,187 @@ class Words(gsm8k.Study):
                               "--temperature", 1)
         usable = self.make_traces(answers, self.home / "traces.jsonl")
         print(f"{usable} of {len(answers)} answers are traces", flush=True)
+
+
+# ---- Reading the answers
+def known_facts(prompt: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """(name, role) -> the other name, and how the fact was told."""
+    facts = {}
+    for name, role, other in re.findall(r"(\w+)'s (\w+) is (\w+)\.", prompt):
+        facts[name, role] = other, "forwards"
+    for other, role, name in re.findall(r"(\w+) is the (\w+) of (\w+)\.", prompt):
+        facts[name, role] = other, "backwards"
+    return facts
+
+
+def follow(facts: dict, name: str, roles: list[str]) -> str | None:
+    for role in roles:
+        name, _ = facts.get((name, role), (None, None))
+    return name
+
+
+def read_steps(record: dict) -> Counter:
+    """How many steps of each kind an answer has, and how many of them are right."""
+    prompt = record["messages"][-1]["content"]
+    facts, found, hops = known_facts(prompt), Counter(answers=1), 0
+    for name, roles, other in STEP.findall(record["response"]):
+        path = re.findall(r"'s (\w+)", roles)
+        if len(path) > 1:
+            kind = "skip"
+        else:
+            _, kind = facts.get((name, path[0]), (None, "invented"))
+        right = follow(facts, name, path)
+        found[kind] += 1
+        found[f"{kind}, right"] += other == right
+        hops += len(path)
+    asked = prompt.rpartition("Who is")[2].count(" of ")
+    found["with a skip"] += found["skip"] > 0
+    found["too early"] += record["finished"] and hops < asked
+    found["too late"] += not record["finished"] or hops > asked
+    return found
+
+
+def steps_row(name: str, records: list[dict]) -> list[str]:
+    total = sum((read_steps(record) for record in records), Counter())
+
+    def share(part: str, whole: str) -> str:
+        return f"{total[part] / total[whole]:.2f}" if total[whole] else ""
+
+    return [name, *(share(f"{kind}, right", kind) for kind in ("forwards", "backwards")),
+            share("with a skip", "answers"), share("skip, right", "skip"),
+            share("invented", "answers"), share("too early", "answers"),
+            share("too late", "answers")]
+
+
+def kinds_of_tokens(record: dict, tokenizer: data.Tokenizer) -> list[str]:
+    """What each token of a trace is: the name that ends a step, the answer, its mark, an end."""
+    text, facts = record["response"], known_facts(record["messages"][-1]["content"])
+    kinds, after = {}, ""
+    for step in STEP.finditer(text):
+        name, roles, _ = step.groups()
+        path = re.findall(r"'s (\w+)", roles)
+        after = "a step told " + facts.get((name, path[0]), (None, "nowhere"))[1]
+        if len(path) > 1:
+            after = "a skip"
+            kinds[text.index("'s", step.start(2) + 1)] = "'s, which begins a skip"
+        kinds[step.start(3)] = f"name after {after}"
+    last = "after a skip" if after == "a skip" else "after a step"
+    if "#### " in text:
+        kinds[text.index("####")] = f"#### {last}"
+        kinds[text.index("#### ") + 5] = f"answer {last}"
+    found, place = [], 0
+    for piece in tokenizer.pieces(data.response_ids(record, tokenizer, "")):
+        places = range(place, place + len(piece))
+        found.append(next((kinds[i] for i in places if i in kinds), "rest"))
+        place += len(piece)
+    return [*found[:-1], f"end of turn {last}"]
+
+
+def weight_rows(student: Path, traces: Path) -> list[list[str]]:
+    """The mean weights of each kind of token before the first step."""
+    model, tokenizer = data.load(student)
+    records: list[dict] = []
+    examples, _ = data.load_traces(traces, tokenizer, need_logprobs=True, records=records)
+    logps, groups = data.response_logp(model, examples), defaultdict(list)
+    for record, example, logp in zip(records, examples, logps, strict=True):
+        kinds = kinds_of_tokens(record, tokenizer)
+        for one in zip(kinds, logp, example.teacher_logp, strict=True):
+            groups[one[0]].append(one[1:])
+    rows = []
+    for kind in sorted(groups):
+        q, p = torch.tensor(np.array(groups[kind])).T
+        rows.append([kind, str(len(q)), f"{q.exp().mean():.2f}", f"{p.exp().mean():.2f}",
+                     *(f"{loss.discord_weight(q, p, tau).mean():.2f}" for tau in (0.7, 1.0))])
+    return rows
+
+
+# ---- The tables
+def half_interval(per_seed: list[np.ndarray]) -> float:
+    """Half of a 95 % interval: over seeds, or, with one seed, over its problems."""
+    if len(per_seed) == 1:
+        return 1.96 * per_seed[0].std(ddof=1) / len(per_seed[0]) ** 0.5
+    return study.half_interval([values.mean() for values in per_seed])
+
+
+def per_problem(folder: Path, decoding: str) -> np.ndarray:
+    found = evaluate.summarize(evaluate.read_answers(folder / f"test-{decoding}.jsonl"))
+    return np.array(list(found["per_problem"].values()))
+
+
+def result_row(name: str, places: list[Path], bases: list[Path]) -> dict[str, object]:
+    """A row of the table; `bases` are the folders of SFT, one for each seed."""
+    rates = [re.search(r"-(\de-\d)$", place.name) for place in places]
+    row: dict = {"run": name, "rate": " ".join(dict.fromkeys(rate[1] for rate in rates if rate))}
+    for column, decoding in (("greedy", "greedy"), ("sampled", "T1")):
+        values = [per_problem(place, decoding) for place in places]
+        gains = [one - per_problem(base, decoding)
+                 for one, base in zip(values, bases, strict=True)]
+        for title, parts in ((column, values), (f"{column} - SFT", gains)):
+            row[title] = np.mean([one.mean() for one in parts])
+            row[f"± {title}"] = half_interval(parts)
+    made = [read_json(place / "run.json") for place in places if (place / "run.json").exists()]
+    row["minutes"] = np.mean([run["seconds"] for run in made]) / 60 if made else ""
+    return row
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def write_results(root: Path, folders: list[dict[str, Path]]) -> None:
+    """table.csv and table.md; each of `folders` is of one seed."""
+    places = {name: [one[name] for one in folders] for name in folders[0]}
+    rows = [result_row(name, where, places["SFT"]) for name, where in places.items()]
+    with open(root / "table.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = []
+    for row in rows:
+        cells = [str(row["run"]), str(row["rate"])]
+        for title in ("greedy", "sampled", "greedy - SFT", "sampled - SFT"):
+            sign = "+" if title.endswith("SFT") else ""
+            cells.append(f"{row[title]:{sign}.3f} ± {row[f'± {title}']:.3f}")
+        cells.append(f"{row['minutes']:.1f}" if row["minutes"] else "")
+        shown.append(cells)
+    head = ["", "rate", "greedy", "sampled", "greedy - SFT", "sampled - SFT", "minutes"]
+    text = markdown(head, shown)
+    (root / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def write_steps(root: Path, folders: list[dict[str, Path]]) -> None:
+    head = ["sampled answers", "right: told forwards", "told backwards", "with a skip",
+            "right: skips", "look-ups of no fact, per answer", "stops early", "stops late"]
+    rows = []
+    for name in folders[0]:
+        records = [record for one in folders
+                   for record in evaluate.read_answers(one[name] / "test-T1.jsonl")]
+        rows.append(steps_row(name, records))
+    text = markdown(head, rows)
+    (root / "steps.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def write_answers(root: Path, folders: dict[str, Path]) -> None:
+    """The answers of each model to ten problems of the first seed: greedy, then one sample."""
+    answers = {}
+    for name, place in folders.items():
+        for decoding in ("greedy", "T1"):
+            for record in evaluate.read_answers(place / f"test-{decoding}.jsonl"):
+                if not record["sample"]:
+                    answers[name, decoding, record["id"]] = record
+    lines = []
+    for number in range(10):
+        record = answers["teacher", "greedy", number]
+        lines += [f"**{number + 1}.** {record['messages'][-1]['content']} *{record['answer']}*\n"]
+        for name in folders:
+            for decoding in ("greedy", "T1"):
+                record = answers[name, decoding, number]
+                verdict = "right" if record["correct"] else "wrong"
+                lines.append(f"- {name}, {decoding}, {verdict}: {record['response']}")
+        lines.append("")
+    (root / "answers.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
@@ -199,11 +404,14 @@ def main(argv: list[str]) -> None:
     print(f"this will take about {Words.left * Words.rate / 3600:.1f} hours, less what is done")
     first.train("sft", args.weights, lessons, first.teacher, "--steps", teacher_steps,
                 "--lr", "2e-4", "--seed", 0)
-    for one in studies:
-        one.make_all_traces()
-        one.make_student(args.weights)
-        one.check_gain()
-        one.table(one.before)
+    folders = [one.run_all(args.weights) for one in studies]
+    write_results(first.root, folders)
+    write_steps(first.root, folders)
+    write_answers(first.root, folders[0])
+    rows = weight_rows(first.before, first.home / "traces.jsonl")
+    text = markdown(["token", "number", "q", "p", "w, τ = 0.7", "w, τ = 1"], rows)
+    (first.root / "weights.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
