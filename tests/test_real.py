@@ -15,12 +15,15 @@ import mutants
 import pytest
 import real
 import server
+import torch
+import words
 from conftest import make_hf
 
 import data
 import evaluate
+import loss
 import train
-from model import BadInput, Transformer
+from model import BadInput, Transformer, read_json
 
 
 @pytest.fixture
@@ -125,9 +128,9 @@ def test_a_server(model, url, tmp_path, problems, monkeypatch, form):
         server.main([*argv, "--out", str(tmp_path / "other")])
 
 
-def test_gsm8k(model, tmp_path, problems, monkeypatch):
-    """Guards commands of the study that do not fit together, DFT that is SFT, a rate that is not
-    the best one, and stages that are done twice."""
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The commands of a study, which run in this process."""
     ran = []
 
     def run(log: Path, script: str, *words: object) -> str:
@@ -141,6 +144,12 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
         return said.getvalue()
 
     monkeypatch.setattr(gsm8k, "run", run)
+    return ran
+
+
+def test_gsm8k(model, tmp_path, problems, ran):
+    """Guards commands of the study that do not fit together, DFT that is SFT, a rate that is not
+    the best one, and stages that are done twice."""
     folder, out = str(model), tmp_path / "out"
     argv = ["--teacher", folder, "--student", folder, "--layers", "1", "--train",
             str(problems), "--test", str(problems), "--held-back", "4", "--limit", "3", "--samples",
@@ -152,10 +161,10 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     assert [row["run"] for row in rows[1:]] == ["student before", "sft", "dft", "discord", "rkl"]
     assert all(row["- SFT"].startswith("+0.0000 [") for row in (rows[1], *rows[3:]))
     for row in rows[2:]:
-        dev = {rate: evaluate.summarize(evaluate.read_answers(
-            out / f"{row['run']}-{rate}/dev-greedy.jsonl")) for rate in ("1e-4", "1e-2")}
-        best = {rate: (s["accuracy"], -s["cut_off"]) for rate, s in dev.items()}
-        assert best[row["lr"]] == max(best.values())
+        dev = {rate: sum(evaluate.summarize(evaluate.read_answers(
+            out / f"{row['run']}-{rate}/dev-{decoding}.jsonl"))["accuracy"]
+            for decoding in ("greedy", "T1")) for rate in ("1e-4", "1e-2")}
+        assert dev[row["lr"]] == max(dev.values())
     losses = {name: next(data.read_jsonl(out / f"{name}-1e-4/log.jsonl"))[1]["loss"]
               for name in ("sft", "dft")}
     assert losses["dft"] < 0.5 * losses["sft"]  # the weight is q(y)
@@ -165,6 +174,39 @@ def test_gsm8k(model, tmp_path, problems, monkeypatch):
     ran.clear()
     assert gsm8k.main(argv) == rows and not any("probe" in line for line in ran)
     assert sum(line.startswith("evaluate.py exposure") for line in ran) == 0
+
+
+def test_words(model, tmp_path, ran, monkeypatch):
+    """Guards commands of the study that do not fit together, a tau that is not its own, an
+    estimate that leaves out a stage, and stages that are done twice."""
+    monkeypatch.setattr(words, "LAYERS", "0+1")
+    monkeypatch.setattr(evaluate, "is_correct", lambda text, gold: len(text) % 3 > 0)
+    argv = ["--weights", str(model), "--scale", "0.02", "--out", str(tmp_path / "out")]
+    words.main(argv)
+    out = tmp_path / "out"
+    _, _, *rows = (out / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "teacher", "student before", "lessons without skips", *words.OBJECTIVES.values()]
+    assert words.Words.left == pytest.approx(0, abs=1) and words.Words.worked > 1e5
+    taus = {name: read_json(out / f"seed0/{name}-3e-4/run.json")["options"]["tau"]
+            for name in ("discord", "discord@1")}
+    assert taus == {"discord": loss.TAU, "discord@1": 1.0}
+    assert "- DFT, T1, " in (out / "answers.md").read_text()
+    files = {file: file.stat().st_mtime_ns for file in out.rglob("*/*.safetensors")}
+    words.main(argv)
+    assert files == {file: file.stat().st_mtime_ns for file in files}
+
+
+def test_cut(model, tmp_path):
+    """Guards a student with the layers that were to be cut away, or with one of them twice."""
+    config = read_json(model / "config.json")
+    make_hf(model, "qwen2", vocab_size=config["vocab_size"], num_hidden_layers=4)
+    before = Transformer.from_pretrained(model).model.layers
+    for layers, kept in (("1+2", [0, 2, 3]), ("2", [0, 1])):
+        after = Transformer.from_pretrained(gsm8k.cut(model, layers, tmp_path / layers))
+        assert len(after.model.layers) == len(kept)
+        for i, layer in zip(kept, after.model.layers, strict=True):
+            assert torch.equal(layer.mlp.up_proj.weight, before[i].mlp.up_proj.weight)
 
 
 def test_mutants_are_of_this_code():

@@ -359,22 +359,16 @@ def write_steps(root: Path, folders: list[dict[str, Path]]) -> None:
 
 def write_answers(root: Path, folders: dict[str, Path]) -> None:
     """The answers of each model to ten problems of the first seed: greedy, then one sample."""
-    answers = {}
+    lines = defaultdict(list)  # of each problem
     for name, place in folders.items():
         for decoding in ("greedy", "T1"):
             for record in evaluate.read_answers(place / f"test-{decoding}.jsonl"):
-                if not record["sample"]:
-                    answers[name, decoding, record["id"]] = record
-    lines = []
-    for number in range(10):
-        record = answers["teacher", "greedy", number]
-        lines += [f"**{number + 1}.** {record['messages'][-1]['content']} *{record['answer']}*\n"]
-        for name in folders:
-            for decoding in ("greedy", "T1"):
-                record = answers[name, decoding, number]
+                if record["sample"] or record["id"] >= 10:
+                    continue
+                question = f"\n**{record['messages'][-1]['content']}** *{record['answer']}*\n"
                 verdict = "right" if record["correct"] else "wrong"
-                lines.append(f"- {name}, {decoding}, {verdict}: {record['response']}")
-        lines.append("")
+                lines[question].append(f"- {name}, {decoding}, {verdict}: {record['response']}")
+    lines = [line for question, answers in lines.items() for line in (question, *answers)]
     (root / "answers.md").write_text("\n".join(lines), encoding="utf-8")
 
 
