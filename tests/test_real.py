@@ -188,7 +188,7 @@ def test_words(model, tmp_path, ran, monkeypatch):
     assert [row.split("|")[1].strip() for row in rows] == [
         "teacher", "student before", "lessons without skips", *words.OBJECTIVES.values()]
     assert words.Words.left == pytest.approx(0, abs=1) and words.Words.worked > 1e5
-    taus = {name: read_json(out / f"seed0/{name}-3e-4/run.json")["options"]["tau"]
+    taus = {name: read_json(out / f"seed0/{name}-1e-4/run.json")["options"]["tau"]
             for name in ("discord", "discord@1")}
     assert taus == {"discord": loss.TAU, "discord@1": 1.0}
     assert "- DFT, T1, " in (out / "answers.md").read_text()

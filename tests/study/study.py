@@ -453,6 +453,11 @@ def ends_runs() -> list[Run]:
         stages[f"SFT {steps}, then DisCorD by the formula"] = sft_first(steps, 1e-3)
     return runs_in([World(ended=False), TOY], stages, 3)
 
+def ways_runs() -> list[Run]:
+    """Exercise 7 of the workshop: two seeds of the world of four ways."""
+    stages = {"DFT": ("dft --lr 1e-4 --steps 800",), "DisCorD": ("discord --lr 1e-4 --steps 800",)}
+    return runs_in([FOUR_WAYS], stages, 2)
+
 def far_runs() -> list[Run]:
     """The last student is the teacher's first layer; the others had few lessons."""
     stages = {"SFT": SFT, "DisCorD": DISCORD}
@@ -572,6 +577,7 @@ PARTS = {
     "capacity": lambda: show(capacity_runs(), *ACCURACY),
     "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
     "ends": lambda: show(ends_runs(), *ACCURACY, "cut_off"),
+    "ways": lambda: show(ways_runs(), *ACCURACY, "kl"),
     "far": lambda: show(far_runs(), *ACCURACY, *LOG),
     "figures": figures,
 }

@@ -37,10 +37,11 @@ NAMES = [
 ROLES = ["boss", "coach", "doctor", "friend", "neighbor", "sister", "teacher", "uncle"]
 HOPS = 2, 3, 4
 LAYERS = "12+8"
-OBJECTIVES = {"sft": "SFT", "dft": "DFT", "kl": "KL", "rkl": "reverse KL",
-              "discord": "DisCorD, τ = 0.7", "discord@1": "DisCorD, τ = 1"}
-RATES = ["1e-4", "3e-4"]
-TEACHER_STEPS, STUDENT_STEPS, STEPS = 90, 150, 60  # of eight traces each
+OBJECTIVES = {"sft": "SFT", "dft": "DFT", "discord": "DisCorD, τ = 0.7",
+              "discord@1": "DisCorD, τ = 1", "kl": "KL", "rkl": "reverse KL"}
+RATES = ["2e-5", "1e-4"]
+TEACHER_STEPS, STUDENT_STEPS = 90, 150  # of eight lessons
+STEPS = 120  # of four traces: in 60 of eight, even good lessons taught the student little
 PROBLEMS, HELD_BACK, TEST = 900, 150, 300
 MOST_TOKENS = 64  # of an answer; the longest right one has about 40
 STEP = re.compile(r"(\w+)((?:'s \w+)+) is (\w+)\.")
@@ -101,11 +102,11 @@ class Words(gsm8k.Study):
         super().__init__(*gsm8k.parse_args([
             "--teacher", str(self.teacher), "--out", str(self.home), "--seed", str(seed),
             "--objectives", *OBJECTIVES, "--rates", *RATES, "--exposure-length", "0",
-            "--max-new-tokens", str(MOST_TOKENS), "--answers", "64", "--steps", self.size(STEPS),
-            "--batch-size", "8", "--grad-accum", "1"]))
+            "--max-new-tokens", str(MOST_TOKENS), "--answers", "64", "--batch-size", "4",
+            "--grad-accum", "1", "--steps", str(self.size(STEPS))]))
 
-    def size(self, count: int) -> str:
-        return str(max(round(count * self.scale), 2))
+    def size(self, count: int) -> int:
+        return max(round(count * self.scale), 2)
 
     def layers(self, model: object) -> int:
         teacher = model == self.teacher or not Path(str(model)).is_relative_to(self.home)
@@ -121,9 +122,9 @@ class Words(gsm8k.Study):
         print(f"[{Words.spent / 60:.0f} minutes; about {Words.left * rate / 60:.0f} to go]",
               flush=True)
 
-    def train_cost(self, name: str, model: object, steps: int) -> float:
+    def train_cost(self, name: str, model: object, traces: int) -> float:
         judge = 30 if name in gsm8k.NEEDS_TEACHER else 0
-        return (3 * self.layers(model) + judge) * steps * 8 * 80
+        return (3 * self.layers(model) + judge) * traces * 80
 
     def answer_cost(self, model: object, count: int) -> float:
         return 1.5 * self.layers(model) * count * 80
@@ -131,7 +132,8 @@ class Words(gsm8k.Study):
     def train(self, name: str, student: object, traces: Path, out: Path, *more: object) -> dict:
         begin, finished = time.perf_counter(), (out / "config.json").exists()
         made = super().train(name, student, traces, out, *more)
-        self.count(self.train_cost(name, student, made["steps"]), finished, begin)
+        traces = made["steps"] * made["options"]["batch_size"]
+        self.count(self.train_cost(name, student, traces), finished, begin)
         return made
 
     def answer(self, model: object, problems: str, out: Path, *more: object) -> list[dict]:
@@ -142,29 +144,28 @@ class Words(gsm8k.Study):
 
     def cost(self) -> float:
         """Of all stages of this seed but the teacher."""
-        steps, problems, held_back, tests = (
-            int(self.size(count)) for count in (STEPS, PROBLEMS, HELD_BACK, 5 * TEST))
-        total = self.train_cost("sft", self.before, int(self.size(STUDENT_STEPS)))
-        total += self.train_cost("sft", self.before, steps)  # the check
+        traces, problems = 4 * self.size(STEPS), self.size(PROBLEMS)
+        held_back, tests = self.size(HELD_BACK), 5 * self.size(TEST)
+        total = self.train_cost("sft", self.before, 8 * self.size(STUDENT_STEPS))
         total += self.answer_cost(self.teacher, problems + tests)
         total += (2 + len(OBJECTIVES)) * self.answer_cost(self.before, tests)
-        for name in OBJECTIVES:
-            one = self.train_cost(name, self.before, steps)
+        for name in ("sft", *OBJECTIVES):  # the first is the check
+            one = self.train_cost(name, self.before, traces)
             total += len(RATES) * (one + self.answer_cost(self.before, 2 * held_back))
         return total
 
     def make_student(self, weights: str) -> None:
         lessons = self.home / "lessons.jsonl"
-        write(lessons, int(self.size(STUDENT_STEPS)) * 8, back=0.1)
+        write(lessons, self.size(STUDENT_STEPS) * 8, back=0.1)
         blank = gsm8k.cut(weights, LAYERS, self.home / "cut")
         self.train("sft", blank, lessons, self.before, "--steps", self.size(STUDENT_STEPS),
-                   "--lr", "2e-4")
+                   "--batch-size", 8, "--lr", "2e-4")
 
     def check_gain(self) -> Path:
         """If not even right answers that are written out help, no objective has much to gain."""
-        lessons, out = self.home / "check.jsonl", self.home / "check"
-        write(lessons, int(self.size(STEPS)) * 8, back=0.5)
-        self.train("sft", self.before, lessons, out, "--lr", RATES[0])
+        lessons = self.home / "check.jsonl"
+        write(lessons, self.size(STEPS) * 4, back=0.5)
+        _, out = self.best_rate("sft", self.before, lessons, "check")
         before = self.measure(self.before, self.before, None)
         after = self.measure(out, out, None)
         print(f"check, student before: {before}\ncheck, after lessons without skips: {after}")
@@ -183,10 +184,10 @@ class Words(gsm8k.Study):
         return folders
 
     def make_all_traces(self) -> None:
-        write(self.home / "known.jsonl", int(self.size(PROBLEMS)) + int(self.size(HELD_BACK)), 0.5)
-        write(self.home / "new.jsonl", int(self.size(TEST)), 0.5)
+        count = self.size(PROBLEMS)
+        write(self.home / "known.jsonl", count + self.size(HELD_BACK), back=0.5)
+        write(self.home / "new.jsonl", self.size(TEST), back=0.5)
         known = evaluate.load_problems(self.home / "known.jsonl")
-        count = int(self.size(PROBLEMS))
         data.write_jsonl(self.home / "train.jsonl", known[:count])
         data.write_jsonl(self.home / "dev.jsonl", known[count:])
         data.write_jsonl(self.home / "test.jsonl",
@@ -383,21 +384,18 @@ def main(argv: list[str]) -> None:
     studies = [Words(Path(args.out), seed, args.scale) for seed in args.seeds]
     first = studies[0]
     lessons = first.root / "teacher-lessons.jsonl"
-    write(lessons, int(first.size(TEACHER_STEPS)) * 8, back=0.5, skip=0.25)
-    if not Words.worked:
-        probe = first.root / "probe"
-        begin = time.perf_counter()
-        gsm8k.Study.train(first, "sft", args.weights, lessons, probe, "--steps", 3,
-                          "--log-every", 1)
-        Words.spent += time.perf_counter() - begin
-        speeds = [line["tok/s"] for _, line in data.read_jsonl(probe / "log.jsonl")]
-        Words.rate = 1 / (3 * 30 * max(speeds))
-    teacher_steps = int(first.size(TEACHER_STEPS))
-    Words.left = first.train_cost("sft", first.teacher, teacher_steps)
+    write(lessons, first.size(TEACHER_STEPS) * 8, back=0.5, skip=0.25)
+    probe = first.root / "probe"  # three steps, to know how fast this machine is
+    gsm8k.Study.train(first, "sft", args.weights, lessons, probe, "--steps", 3, "--log-every", 1,
+                      "--seed", 0)
+    speeds = [line["tok/s"] for _, line in data.read_jsonl(probe / "log.jsonl")]
+    Words.rate = 1 / (3 * 30 * max(speeds))
+    teacher_steps = first.size(TEACHER_STEPS)
+    Words.left = first.train_cost("sft", first.teacher, 8 * teacher_steps)
     Words.left += sum(one.cost() for one in studies)
     print(f"this will take about {Words.left * Words.rate / 3600:.1f} hours, less what is done")
     first.train("sft", args.weights, lessons, first.teacher, "--steps", teacher_steps,
-                "--lr", "2e-4", "--seed", 0)
+                "--batch-size", 8, "--lr", "2e-4", "--seed", 0)
     folders = [one.run_all(args.weights) for one in studies]
     write_results(first.root, folders)
     write_steps(first.root, folders)
