@@ -151,14 +151,19 @@ MUTANTS = [
     ("train.py", "        forget_old_code(runs[-1])\n", ""),
     ("train.py", "evaluate.edited_since(evaluate.read_answers(answers))", "False"),
     ("train.py", 'lines[-1]["seconds"] if lines else 0.0', "0.0"),
-    ("train.py", """        if save:
+    ("train.py", """        if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
+            last_save = time.perf_counter()
         lines.append(line)
-        pending, last_line = [], time.perf_counter()
-""", """        pending, last_line = [], time.perf_counter()
-        if save:
+        pending, read, last_line = [], 0, time.perf_counter()
+""", """        pending, read, last_line = [], 0, time.perf_counter()
+        if save and done < args.steps:
             save_checkpoint(out, done, student, optimizer)
+            last_save = time.perf_counter()
 """),
+    ("train.py", " or now - last_line > LOG_SECONDS", ""),
+    ("train.py", "now - last_save > SAVE_SECONDS", "now - begin > SAVE_SECONDS"),
+    ("train.py", "read += sum(len(trace.tokens) for", "read += sum(trace.prompt_length for"),
     ("train.py", "    os.sync()  #", "    #"),
     ("train.py", "        w = w.masked_fill(is_end[chunk], 1)", "        pass"),
     # ---- evaluate.py: averages, intervals, resuming
