@@ -386,8 +386,8 @@ def main(argv: list[str]) -> None:
     lessons = first.root / "teacher-lessons.jsonl"
     write(lessons, first.size(TEACHER_STEPS) * 8, back=0.5, skip=0.25)
     probe = first.root / "probe"  # three steps, to know how fast this machine is
-    gsm8k.Study.train(first, "sft", args.weights, lessons, probe, "--steps", 3, "--log-every", 1,
-                      "--seed", 0)
+    gsm8k.Study.train(first, "sft", args.weights, lessons, probe, "--batch-size", 8, "--steps", 3,
+                      "--log-every", 1, "--seed", 0)
     speeds = [line["tok/s"] for _, line in data.read_jsonl(probe / "log.jsonl")]
     Words.rate = 1 / (3 * 30 * max(speeds))
     teacher_steps = first.size(TEACHER_STEPS)
