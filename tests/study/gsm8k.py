@@ -203,12 +203,21 @@ class Study:
         return rows
 
 
+def write_table(file: Path, head: list[str], rows: list[list[str]]) -> None:
+    """Write a table in Markdown, and print it."""
+    lines = [f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows)]
+    print("".join(lines))
+    file.write_text("".join(lines), encoding="utf-8")
+
+
 def cut(model: object, layers: str, out: Path) -> Path:
     """A student made of a model's first layers ("12"), or of its first and last ones ("12+8")."""
     if not (out / "config.json").exists():
         student, _ = data.load(model)
         first, _, last = layers.partition("+")
         blocks = student.model.layers
+        check(int(first) + int(last or 0) <= len(blocks),
+              f"--layers {layers}: {model} has only {len(blocks)}")
         student.model.layers = blocks[:int(first)] + blocks[len(blocks) - int(last or 0):]
         student.config.raw["num_hidden_layers"] = len(student.model.layers)
         student.save_pretrained(out)
@@ -272,11 +281,8 @@ def main(argv: list[str]) -> list[dict]:
                     study.out / "warm", "--steps", args.warm_up, "--lr", args.warm_up_lr)
         student = study.out / "warm"
     rows = study.table(student)
-    lines = ["| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |\n"
-             for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), dict.fromkeys(COLUMNS, "---"),
-                         *rows)]
-    print("".join(lines))
-    (study.out / "table.md").write_text("".join(lines), encoding="utf-8")
+    write_table(study.out / "table.md", COLUMNS,
+                [[str(row.get(column, "")) for column in COLUMNS] for row in rows])
     return rows
 
 

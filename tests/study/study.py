@@ -37,7 +37,7 @@ from model import check
 ROOT = Path("runs/study")
 COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
 ANSWER = "--batch-size 500 --max-new-tokens 18 --device cpu --resume"
-STUDENT_T = {2: 12.71, 3: 4.303, 5: 2.776}  # 97.5 %, by the number of seeds
+STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, by the number of seeds
 LOAD = data.load
 END = 3  # the id of <end>
 WAYS = "=:~>"  # four right ways to write a value: b=6 b:6 b~6 b>6

@@ -1,7 +1,7 @@
 """Who is whose: six objectives with real pretrained weights, on two CPU cores or a GPU.
 
-    python tests/study/words.py                     # SmolLM2-135M-Instruct, about 2.5 hours
-    python tests/study/words.py --seeds 0 1 2       # for the table of tests/study/README.md
+    python tests/study/words.py                     # SmolLM2-135M-Instruct, 3 to 4 hours
+    python tests/study/words.py --seeds 0 1 2       # three seeds, one after the other
 
 A problem is a few sentences and a question about them. The student is the teacher's model without
 the layers between its first 12 and its last 8, healed on answers that are written out. --out holds
@@ -93,7 +93,8 @@ def write(file: Path, count: int, back: float, skip: float = 0.0) -> None:
 class Words(gsm8k.Study):
     """The study of one seed, which says how far it is."""
 
-    left = spent = worked = 0.0  # costs still to come; seconds, and the costs that took them
+    # Of all seeds: the costs still to come; the seconds so far, and the costs that took them.
+    left = spent = worked = 0.0
     rate = 1.0  # seconds of one unit of cost, before anything was measured
 
     def __init__(self, root: Path, seed: int, scale: float):
@@ -123,8 +124,8 @@ class Words(gsm8k.Study):
               flush=True)
 
     def train_cost(self, name: str, model: object, traces: int) -> float:
-        judge = 30 if name in gsm8k.NEEDS_TEACHER else 0
-        return (3 * self.layers(model) + judge) * traces * 80
+        of_teacher = 30 if name in gsm8k.NEEDS_TEACHER else 0
+        return (3 * self.layers(model) + of_teacher) * traces * 80
 
     def answer_cost(self, model: object, count: int) -> float:
         return 1.5 * self.layers(model) * count * 80
@@ -209,6 +210,11 @@ def known_facts(prompt: str) -> dict[tuple[str, str], tuple[str, str]]:
     return facts
 
 
+def roles_of(step: tuple) -> list[str]:
+    """The roles of a match of STEP: one for a look-up, two or more for a skip."""
+    return re.findall(r"'s (\w+)", step[1])
+
+
 def follow(facts: dict, name: str, roles: list[str]) -> str | None:
     for role in roles:
         name, _ = facts.get((name, role), (None, None))
@@ -219,8 +225,8 @@ def read_steps(record: dict) -> Counter:
     """How many steps of each kind an answer has, and how many of them are right."""
     prompt = record["messages"][-1]["content"]
     facts, found, hops = known_facts(prompt), Counter(answers=1), 0
-    for name, roles, other in STEP.findall(record["response"]):
-        path = re.findall(r"'s (\w+)", roles)
+    for step in STEP.findall(record["response"]):
+        (name, _, other), path = step, roles_of(step)
         if len(path) > 1:
             kind = "skip"
         else:
@@ -253,8 +259,7 @@ def kinds_of_tokens(record: dict, tokenizer: data.Tokenizer) -> list[str]:
     text, facts = record["response"], known_facts(record["messages"][-1]["content"])
     kinds, after = {}, ""
     for step in STEP.finditer(text):
-        name, roles, _ = step.groups()
-        path = re.findall(r"'s (\w+)", roles)
+        name, path = step[1], roles_of(step.groups())
         after = "a step told " + facts.get((name, path[0]), (None, "nowhere"))[1]
         if len(path) > 1:
             after = "a skip"
@@ -319,10 +324,6 @@ def result_row(name: str, places: list[Path], bases: list[Path]) -> dict[str, ob
     return row
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
-
-
 def write_results(root: Path, folders: list[dict[str, Path]]) -> None:
     """table.csv and table.md; each of `folders` is of one seed."""
     places = {name: [one[name] for one in folders] for name in folders[0]}
@@ -340,9 +341,7 @@ def write_results(root: Path, folders: list[dict[str, Path]]) -> None:
         cells.append(f"{row['minutes']:.1f}" if row["minutes"] else "")
         shown.append(cells)
     head = ["", "rate", "greedy", "sampled", "greedy - SFT", "sampled - SFT", "minutes"]
-    text = markdown(head, shown)
-    (root / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    gsm8k.write_table(root / "table.md", head, shown)
 
 
 def write_steps(root: Path, folders: list[dict[str, Path]]) -> None:
@@ -353,9 +352,7 @@ def write_steps(root: Path, folders: list[dict[str, Path]]) -> None:
         records = [record for one in folders
                    for record in evaluate.read_answers(one[name] / "test-T1.jsonl")]
         rows.append(steps_row(name, records))
-    text = markdown(head, rows)
-    (root / "steps.md").write_text(text, encoding="utf-8")
-    print(text)
+    gsm8k.write_table(root / "steps.md", head, rows)
 
 
 def write_answers(root: Path, folders: dict[str, Path]) -> None:
@@ -381,6 +378,8 @@ def main(argv: list[str]) -> None:
     add("--scale", type=data.bounded(float, 1e-3), default=1.0, help="times all steps and problems")
     add("--out", default="runs/words")
     args = parser.parse_args(argv)
+    if len(args.seeds) > 5:
+        parser.error("--seeds: at most five")
     studies = [Words(Path(args.out), seed, args.scale) for seed in args.seeds]
     first = studies[0]
     lessons = first.root / "teacher-lessons.jsonl"
@@ -401,9 +400,8 @@ def main(argv: list[str]) -> None:
     write_steps(first.root, folders)
     write_answers(first.root, folders[0])
     rows = weight_rows(first.before, first.home / "traces.jsonl")
-    text = markdown(["token", "number", "q", "p", "w, τ = 0.7", "w, τ = 1"], rows)
-    (first.root / "weights.md").write_text(text, encoding="utf-8")
-    print(text)
+    gsm8k.write_table(first.root / "weights.md",
+                      ["token", "number", "q", "p", "w, τ = 0.7", "w, τ = 1"], rows)
 
 
 if __name__ == "__main__":
