@@ -87,7 +87,8 @@ class Tokenizer:
         if self.template is not None:
             turns = [{"role": "user", "content": "?"},
                      {"role": "assistant", "content": "ANSWER"}]
-            text = self.apply_chat_template(turns, add_generation_prompt=False)
+            with about(self.folder):
+                text = self.apply_chat_template(turns, add_generation_prompt=False)
             before, _, after = text.rpartition("ANSWER")
             if before:  # a template may have no place for an answer
                 candidates = self.encode(after) + candidates
@@ -97,32 +98,31 @@ class Tokenizer:
         raise BadInput(f"{self.folder}: no end-of-turn token in the chat template, and no "
                        "eos_token in tokenizer_config.json")
 
-    def apply_chat_template(self, messages: list[dict], where: str = "",
-                            add_generation_prompt: bool = True, **options: object) -> str:
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True,
+                            **options: object) -> str:
         """The text that a model is given. Every prompt of the project is rendered here."""
-        where = where or str(self.folder)
         if self.template is None:
-            check(len(messages) == 1, f"{where}: no chat template for several turns")
+            check(len(messages) == 1, "no chat template for several turns")
             return messages[0]["content"]
         try:
             return self.template.render(messages=messages, **self.special_tokens, **options,
                                         add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can fail in any way
-            raise BadInput(f"{where}: chat template: {error!r:.300}") from error
+            raise BadInput(f"chat template: {error!r:.300}") from error
 
-    def encode_prompt(self, messages: list[dict], where: str = "prompt") -> list[int]:
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Refuses a prompt that lacks a turn: templates drop the roles they do not know."""
-        check(messages and messages[-1]["role"] != "assistant", f"{where}: messages: no "
-              "question, or an answer that would be in the prompt; remove it or `response`")
+        check(messages and messages[-1]["role"] != "assistant", "messages: no question, or "
+              "an answer that would be in the prompt; remove it or `response`")
         marked = [{**turn, "content": f"[turn {i}]"} for i, turn in enumerate(messages)]
-        rendered = self.apply_chat_template(marked, where)
+        rendered = self.apply_chat_template(marked)
         for i, turn in enumerate(messages):
-            check(f"[turn {i}]" in rendered, f"{where}: the chat template leaves out the "
-                  f"turn of role {turn['role']!r}; use system, user and assistant")
+            check(f"[turn {i}]" in rendered, "the chat template leaves out the turn of "
+                  f"role {turn['role']!r}; use system, user and assistant")
             mark = self.find_mark(turn["content"])
-            check(not mark, f"{where}: {mark} in a turn of role {turn['role']}: is it "
-                  "rendered already? Give the plain text")
-        text = self.apply_chat_template(messages, where)
+            check(not mark, f"{mark} in a turn of role {turn['role']}: is it rendered "
+                  "already? Give the plain text")
+        text = self.apply_chat_template(messages)
         ids = self.encode(text, bos=self.template is None)  # a template writes BOS itself
         if self.template is None and ids[-1:] == [self.eot_id]:  # BERT's way: <s> text </s>
             return ids[:-1]
@@ -185,65 +185,66 @@ class Example(NamedTuple):
     prompt_length: int
     teacher_logp: np.ndarray | None = None  # [response] float32: log p of each token
 
-def prompt_and_response(record: dict, where: str) -> tuple[list[dict], str]:
-    messages = get_messages(record, where)
+def prompt_and_response(record: dict) -> tuple[list[dict], str]:
+    messages = get_messages(record)
     if record.get("response") is None and messages[-1]["role"] == "assistant":
-        return messages[:-1], text_field(messages[-1], where, "content")
-    return messages, text_field(record, where, "response")
+        return messages[:-1], text_field(messages[-1], "content")
+    return messages, text_field(record, "response")
 
-def response_ids(record: dict, tokenizer: Tokenizer, where: str) -> list[int]:
+def response_ids(record: dict, tokenizer: Tokenizer) -> list[int]:
     """The ids of a response, its end of turn last: `tokens`, or else the text's."""
-    response = prompt_and_response(record, where)[1]
+    response = prompt_and_response(record)[1]
     ids = record.get("tokens")
     if ids is None:
         return tokenizer.encode_response(response)
     valid = isinstance(ids, list) and ids and all(type(i) is int for i in ids)
-    check(valid, f"{where}: tokens: expected a list of whole numbers")
+    check(valid, "tokens: expected a list of whole numbers")
     cut_off = record.get("finished") not in (None, True)
     body = ids if cut_off else ids[:-1]
     spelled = None
     if tokenizer.knows(ids):
         spelled = tokenizer.backend.decode(body, skip_special_tokens=False)
     ends = cut_off or (ids[-1] in tokenizer.end_ids and body[-1:] != [tokenizer.eot_id])
-    check(ends and spelled in (response, tokenizer.without_end(response)),
-          f"{where}: tokens do not spell the response and its end of turn; of another "
-          "tokenizer? Then remove them and teacher_logprobs; use --objective sft")
+    check(ends and spelled in (response, tokenizer.without_end(response)), "tokens do not "
+          "spell the response and its end of turn; of another tokenizer? Then remove them "
+          "and teacher_logprobs; use --objective sft")
     return ids
 
-def read_logprobs(record: dict, count: int, tokenizer: Tokenizer, where: str) -> np.ndarray:
+def read_logprobs(record: dict, count: int, tokenizer: Tokenizer) -> np.ndarray:
     """`teacher_logprobs`, one for each of `count` response tokens: [count] float32."""
-    check(record.get("vocab") in (None, tokenizer.vocab_hash), f"{where}: the "
-          "teacher_logprobs are of another tokenizer's tokens; use --objective sft")
+    check(record.get("vocab") in (None, tokenizer.vocab_hash), "the teacher_logprobs are "
+          "of another tokenizer's tokens; use --objective sft")
     values = record.get("teacher_logprobs")
-    check(values is not None, f"{where}: no teacher_logprobs; it has {', '.join(record)}; "
+    check(values is not None, f"no teacher_logprobs; it has {', '.join(record)}; `python "
+          "data.py score` makes them")
+    check(isinstance(values, list) and len(values) == count, "teacher_logprobs: expected a "
+          f"list of {count} numbers, one for each token and its end, not {values!r:.40}; "
           "`python data.py score` makes them")
-    check(isinstance(values, list) and len(values) == count, f"{where}: teacher_logprobs: "
-          f"expected a list of {count} numbers, one for each token and its end, not "
-          f"{values!r:.40}; `python data.py score` makes them")
     for value in values:
         valid = type(value) in (int, float) and -math.inf < value <= 1e-3
-        check(valid, f"{where}: teacher_logprobs: {value!r} is not a log-probability: "
-              "these are finite and at most 0 (a loss or a probability is above)")
+        check(valid, f"teacher_logprobs: {value!r} is not a log-probability: these are "
+              "finite and at most 0 (a loss or a probability is above)")
     return np.array(values, dtype=np.float32)
 
 def encode_trace(record: dict, tokenizer: Tokenizer, where: str,
                  need_logprobs: bool = False) -> Example:
     """A trace as tokens. Prompt and response are tokenized separately: in one string,
     tokens can merge across the seam."""
-    prompt = tokenizer.encode_prompt(prompt_and_response(record, where)[0], where)
-    ids = response_ids(record, tokenizer, where)
-    given = record.get("prompt_tokens")  # the ids of the teacher's prompt, or their number
-    count = len(given) if isinstance(given, list) else given
-    check(given in (None, len(prompt), prompt), f"{where}: prompt_tokens: the teacher saw "
-          f"{count} tokens, the student's template gives {len(prompt)} or other ones: "
-          f"{tokenizer.decode(prompt)!r:.200}. Is there another system prompt, or a date?")
-    think = tokenizer.vocab.get("<think>")
-    if ids[0] == think and think in prompt[-2:]:  # the template opens the thinking, too
-        prompt = prompt[:prompt.index(think, -2)]
-    check(prompt, f"{where}: the prompt has no token, so nothing predicts the response")
-    logp = None
-    if need_logprobs:
-        logp = read_logprobs(record, len(ids), tokenizer, where)
+    with about(where):
+        prompt = tokenizer.encode_prompt(prompt_and_response(record)[0])
+        ids = response_ids(record, tokenizer)
+        given = record.get("prompt_tokens")  # the ids of the teacher's, or their number
+        count = len(given) if isinstance(given, list) else given
+        check(given in (None, len(prompt), prompt), "prompt_tokens: the teacher saw "
+              f"{count} tokens, the student's template gives {len(prompt)} or other ones: "
+              f"{tokenizer.decode(prompt)!r:.200}. Another system prompt, or a date?")
+        think = tokenizer.vocab.get("<think>")
+        if ids[0] == think and think in prompt[-2:]:  # the template opens the thinking, too
+            prompt = prompt[:prompt.index(think, -2)]
+        check(prompt, "the prompt has no token, so nothing predicts the response")
+        logp = None
+        if need_logprobs:
+            logp = read_logprobs(record, len(ids), tokenizer)
     return Example(np.array(prompt + ids, dtype=np.int32), len(prompt), logp)
 
 def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math.inf,
@@ -253,7 +254,8 @@ def load_traces(path: str | Path, tokenizer: Tokenizer, max_length: float = math
     lines. A long trace is not cut: half a trace teaches the student not to stop."""
     examples, dropped, unread, unknown = [], Counter(), Counter(), 0
     for where, record in progress(read_jsonl(path), "reading traces"):
-        reason = drop_reason(record, where, need_logprobs)
+        with about(where):
+            reason = drop_reason(record, need_logprobs)
         unread.update(unread_fields(record, TRACE_FIELDS))
         if not reason:
             example = encode_trace(record, tokenizer, where, need_logprobs)
@@ -367,7 +369,7 @@ def score(args: argparse.Namespace) -> None:
         record["teacher"] = args.teacher
         record["teacher_logprobs"] = round_logp(logp)
         record["vocab"] = tokenizer.vocab_hash
-        turns, _ = prompt_and_response(record, args.traces)
+        turns, _ = prompt_and_response(record)
         record.setdefault("prompt_tokens", len(tokenizer.encode_prompt(turns)))
     write_jsonl(args.out, records)
     print(f"{args.out}: {len(records)} traces scored")
@@ -414,27 +416,26 @@ def mix(args: argparse.Namespace) -> None:
         check("id" in record, f"{where}: no id, so its problem is unknown")
     longest = Counter()  # problem: tokens of the teacher's longest right answer
     for where, record in traces:
-        if not drop_reason(record, where):
-            name, ids = str(record["id"]), response_ids(record, tokenizer, where)
-            longest[name] = max(longest[name], len(ids))
+        with about(where):
+            if not drop_reason(record):
+                name, ids = str(record["id"]), response_ids(record, tokenizer)
+                longest[name] = max(longest[name], len(ids))
     problems = []
     for where, record in answers:
         name, ids = str(record["id"]), []
         limit = int(1.5 * longest[name])
-        if record.get("response") != "":
-            ids = response_ids(record, tokenizer, where)[:limit]
-        cut_off = drop_reason(record, where) == "unfinished" or len(ids) == limit
+        with about(where):
+            if record.get("response") != "":
+                ids = response_ids(record, tokenizer)[:limit]
+            cut_off = drop_reason(record) == "unfinished" or len(ids) == limit
+            answer = text_field(record, "answer")
         if ids and (cut_off or args.continue_all):
             if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
                 ids = ids[:-1]
-            problem: dict = {"id": f"{name}/{record.get('sample', 0)}"}
-            for key in ("prompt", "messages"):
-                if key in record:
-                    problem[key] = record[key]
-            problem["answer"] = text_field(record, where, "answer")
             end = rng.randint(len(ids) // 2 + 1, len(ids))
-            problem["prefix"] = ids[:end]
-            problems.append(problem)
+            asked = {key: record[key] for key in ("prompt", "messages") if key in record}
+            problems.append({"id": f"{name}/{record.get('sample', 0)}", **asked,
+                             "answer": answer, "prefix": ids[:end]})
     for path, records in ((args.traces, traces), (args.answers, answers)):
         unread = Counter()
         for _, record in records:
@@ -498,6 +499,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 raise BadInput(f"{where}: not valid JSON: {error!s:.200}{hint}") from error
             check(isinstance(record, dict), f"{where}: not a JSON object{hint}")
             yield where, record
+
+@contextmanager
+def about(where: str | Path) -> Iterator[None]:
+    """Bad input that is found in here is reported with its place, as in "FILE line K"."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
 
 def print_unread(path: str | Path, unread: Counter) -> None:
     """Say which fields nothing reads: "corect" may be a slip."""
@@ -645,42 +654,41 @@ THINKING = re.compile(
     r"(?i)(\w+_)?(think(ing)?|reasoning|thoughts?|cot)(_?(content|details|blocks|text|"
     r"output|traces?|process|steps|trajector(y|ies)))?")
 
-def text_field(record: dict, where: str, *names: str) -> str:
+def text_field(record: dict, *names: str) -> str:
     """The first of these fields that is not null. It must be text, and not empty."""
     text = next((record[name] for name in names if record.get(name) is not None), None)
-    check(isinstance(text, str) and text.strip(), f"{where}: {' or '.join(names)} = "
+    check(isinstance(text, str) and text.strip(), f"{' or '.join(names)} = "
           f"{str(text)[:40]!r}: expected text; the fields here: {', '.join(record)}")
     return text
 
-def get_messages(record: dict, where: str) -> list:
+def get_messages(record: dict) -> list:
     """The turns of a trace or a problem. A plain prompt is one user turn."""
     turns = record.get("messages")
     if turns is None:
         for field, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
             check(field not in record or "prompt" in record,
-                  f"{where}: {name} format; write `messages` or `prompt` instead")
-        turns = [{"role": "user", "content": text_field(record, where, "prompt")}]
-    check(isinstance(turns, list) and turns, f"{where}: messages: not a list of turns")
+                  f"{name} format; write `messages` or `prompt` instead")
+        turns = [{"role": "user", "content": text_field(record, "prompt")}]
+    check(isinstance(turns, list) and turns, "messages: not a list of turns")
     for turn in turns:
         valid = isinstance(turn, dict) and isinstance(turn.get("role"), str)
         check(valid and isinstance(turn.get("content"), str),
-              f"{where}: messages: expected turns with role and content, both text")
-        check_fields(turn, where)
-    check_fields(record, where)
+              "messages: expected turns with role and content, both text")
+        check_fields(turn)
+    check_fields(record)
     return turns
 
-def check_fields(fields: dict, where: str, thinking: bool = True) -> None:
+def check_fields(fields: dict, thinking: bool = True) -> None:
     """Refuse what would be lost. Numbers, single words and empty values are no loss."""
     for name, value in fields.items():
-        lost = f"{where}: {name} would be lost; "
         if (value or name == "enable_thinking") and type(value) not in (int, float):
-            check(not OF_THE_PROMPT.fullmatch(name), lost + "write it into the text of the "
-                  "prompt, or remove it")
+            check(not OF_THE_PROMPT.fullmatch(name), f"{name} would be lost; write it into "
+                  "the text of the prompt, or remove it")
         words = str(value).split()
         some_text = isinstance(value, list | dict) or len(words) > 1
         if thinking and value and some_text:
-            check(not THINKING.fullmatch(name), lost + 'put it into the text: '
-                  '"<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
+            check(not THINKING.fullmatch(name), f"{name} would be lost; put it into the "
+                  'text: "<think>\\n" + thinking + "\\n</think>\\n\\n" + answer')
 
 def unread_fields(record: dict, known: set) -> list[str]:
     """The fields of a record and of its turns that nothing reads."""
@@ -696,17 +704,17 @@ DROPPED = {"finished": "unfinished", "correct": "wrong", "train": "not to train 
            "weight": "of weight 0"}
 STOPPED = ["stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", "finished"]
 
-def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False) -> str:
+def drop_reason(record: dict, need_logprobs: bool = False) -> str:
     """Why a trace is dropped; "" if it is usable."""
     sources = [record]
-    last = get_messages(record, where)[-1]
+    last = get_messages(record)[-1]
     if last["role"] == "assistant":
         sources.append(last)
     for fields in sources:
         for name in (*DROPPED, "truncated"):
             value = fields.get(name)  # spreadsheets write 0 and 1; null is unknown
-            check(value in (None, False, True), f"{where}: {name} = {value!r}: expected "
-                  "true or false")
+            check(value in (None, False, True), f"{name} = {value!r}: expected true or "
+                  "false")
             if value == 0 and name in DROPPED:
                 return DROPPED[name]
         stopped = str(fields.get("finish_reason") or "stop").lower() in STOPPED
@@ -721,7 +729,7 @@ def drop_reason(record: dict, where: str = "trace", need_logprobs: bool = False)
 def text_reason(record: dict, example: Example, tokenizer: Tokenizer) -> str:
     """Why the text of a response would teach the student a wrong form; "" if it would not.
     Thinking that it, or the template just before, opens must be closed once."""
-    response = tokenizer.without_end(prompt_and_response(record, "")[1])
+    response = tokenizer.without_end(prompt_and_response(record)[1])
     prompt = example.tokens[:example.prompt_length].tolist()
     before = tokenizer.decode(prompt[-16:])
     opened = re.search(r"(<think>\s*(</think>\s*)?)?\Z", before)[0]

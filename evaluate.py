@@ -85,42 +85,46 @@ def load_problems(benchmark: str | Path, suffix: str | None = None) -> list[dict
         suffix = SUFFIX
     problems, unread = [], Counter()
     for where, record in data.read_jsonl(file):
-        data.check_fields(record, where, thinking=False)
-        others = [name for name in QUESTIONS if record.get(name) is not None][1:]
-        known = {"response", *QUESTIONS, *GOLDS, *PROBLEM}
-        known.difference_update(others)
-        unread.update(data.unread_fields(record, known))
-        fields = ", ".join(record)
-        record.setdefault("id", where.rpartition(" ")[2])
-        if record.get("messages") is not None:
-            last, key = data.get_messages(record, where)[-1], "content"
-        else:
-            last, key = record, "prompt"
-            record["prompt"] = data.text_field(record, where, *QUESTIONS)
-        if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
-            last[key] += suffix
-        golds = [record[name] for name in GOLDS if name in record]
-        check(golds, f"{where}: no {' or '.join(GOLDS)}; it has {fields}")
-        golds = [gold for gold in golds if gold not in (None, []) and str(gold).strip()]
-        gold = golds[0] if golds else ""
-        check(not isinstance(gold, dict), f"{where}: the answer is an object")
-        parts = gold if isinstance(gold, list) else [gold]
-        record["answer"] = ", ".join(map(str, parts))
-        if golds:
-            problems.append({key: record[key] for key in PROBLEM if key in record})
+        with data.about(where):
+            problem = read_problem(record, suffix)
+        if problem["answer"]:
+            problems.append({"id": where.rpartition(" ")[2], **problem})
         else:
             print(f"{where}: dropped, its answer is empty")
+        others = [name for name in QUESTIONS if record.get(name) is not None][1:]
+        known = {"response", *QUESTIONS, *GOLDS, *PROBLEM}
+        unread.update(data.unread_fields(record, known.difference(others)))
     data.print_unread(file, unread)
     check(problems, f"{benchmark}: no problems")
     return problems
 
+def read_problem(record: dict, suffix: str | None) -> dict:
+    """The fields of a problem; its answer is "" if all gold answers are empty."""
+    data.check_fields(record, thinking=False)
+    problem = dict(record)
+    last, key = problem, "prompt"
+    if record.get("messages") is not None:
+        last, key = data.get_messages(record)[-1], "content"
+    else:
+        problem["prompt"] = data.text_field(record, *QUESTIONS)
+    if suffix and "\\boxed" not in last[key] and not last[key].endswith(suffix):
+        last[key] += suffix
+    golds = [record[name] for name in GOLDS if name in record]
+    check(golds, f"no {' or '.join(GOLDS)}; it has {', '.join(record)}")
+    golds = [gold for gold in golds if gold not in (None, []) and str(gold).strip()]
+    gold = golds[0] if golds else ""
+    check(not isinstance(gold, dict), "the answer is an object")
+    parts = gold if isinstance(gold, list) else [gold]
+    problem["answer"] = ", ".join(map(str, parts))
+    return {name: problem[name] for name in PROBLEM if name in problem}
+
 # ---- Answers and their accuracy
 def encode_problem(problem: dict, tokenizer: data.Tokenizer) -> list[int]:
     """Prompt as ids. A `prefix`, from `data.py mix`, is the beginning of the answer."""
-    where, prefix = f"problem {problem['id']}", problem.get("prefix", [])
-    check(tokenizer.knows(prefix), f"{where}: prefix: not ids of the tokenizer in "
-          f"{tokenizer.folder}")
-    return tokenizer.encode_prompt(data.get_messages(problem, where), where) + prefix
+    prefix = problem.get("prefix", [])
+    with data.about(f"problem {problem['id']}"):
+        check(tokenizer.knows(prefix), f"prefix: not ids of {tokenizer.folder}'s tokenizer")
+        return tokenizer.encode_prompt(data.get_messages(problem)) + prefix
 
 def generate_answers(model: Transformer, tokenizer: data.Tokenizer, problems: list[dict],
                      samples: int = 1, temperature: float = 0.0,
@@ -165,7 +169,7 @@ def grade_answer(model: Transformer, tokenizer: data.Tokenizer, problem: dict,
         text = re.sub(rf"(?s)^(?:.*</think>)?(.*{BOX.pattern})?.*", r"\1", text)
     record = {
         **problem,
-        "rendered": tokenizer.apply_chat_template(data.get_messages(problem, "")),
+        "rendered": tokenizer.apply_chat_template(data.get_messages(problem)),
         "prompt_tokens": len(prompt) - len(prefix),  # a student with another one is told
         "response": response,
         "finished": finished,

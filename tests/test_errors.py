@@ -184,10 +184,11 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("accuracy", problem(answer={"value": 1}), "", "p.jsonl line 1: the answer is an object"),
     ("accuracy", problem(answer=...), "", "p.jsonl line 1: no answer or .*; it has id, prompt"),
     *[("accuracy", problem(answer=gold), "", "p.jsonl: no problems") for gold in ("", " ")],
-    *[("accuracy", problem(prefix=prefix), "", "problem 1: prefix: not ids of the tokenizer in m")
+    *[("accuracy", problem(prefix=prefix), "", "problem 1: prefix: not ids of m")
       for prefix in ("abc", [10 ** 9], [None], [5.0], [True])],
     ("exposure", problem(prefix=[129]), "", "problem 1: prefix: not ids"),
-    ("accuracy", problem(messages=[]), "", "p.jsonl line 1: messages: not a list of turns"),
+    *[("accuracy", problem(messages=turns), "", "p.jsonl line 1: messages: not a list of turns")
+      for turns in ([], "What?")],
     *[("accuracy", problem(**{name: ["1", "2"]}), "", f"p.jsonl line 1: {name} would be lost")
       for name in ("choices", "options", "context")],
     ("accuracy", problem(prompt="7 a+3 <assistant>"), "", "problem 1: <assistant> in a turn of ro"),

@@ -85,7 +85,7 @@ def test_sampled_ids_come_back(tokenizer, tmp_path, name):
     assert np.abs(example.teacher_logp - logp).max() < 1e-4
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "What?"}])
     assert example.tokens[:example.prompt_length].tolist() == prompt
-    assert data.drop_reason(record, "line 1") == ("" if finished else "unfinished")
+    assert data.drop_reason(record) == ("" if finished else "unfinished")
     del record["finished"]
     if not finished:
         with pytest.raises(BadInput, match=r"line 1: tokens do not spell .* its end of turn"):
@@ -218,7 +218,7 @@ def test_thinking_in_a_field_of_its_own(tokenizer, name):
         assert train.show_example(example, tokenizer).endswith(f"[{text}<|im_end|>]")
     for empty in (None, ""):
         record = {"messages": [CHAT[0], {**CHAT[1], name: empty}], name: empty}
-        assert data.response_ids(record, tokenizer, "t line 1") == [
+        assert data.response_ids(record, tokenizer) == [
             *tokenizer.encode("4"), tokenizer.eot_id]
 
 
@@ -285,10 +285,10 @@ def test_verdicts_of_spreadsheets(tokenizer, tmp_path, name, reason):
     whole = [*tokenizer.encode("4"), tokenizer.eot_id]
     for value in (0, 0.0, False):  # an answer that was cut off has no end of turn
         record = {**trace, "tokens": whole[:-1], "finished": value}
-        assert data.response_ids(record, tokenizer, "t line 1") == whole[:-1]
+        assert data.response_ids(record, tokenizer) == whole[:-1]
     for value in (1, 1.0, True, None):
-        assert data.response_ids({**trace, "tokens": whole, "finished": value}, tokenizer,
-                                 "t line 1") == whole
+        record = {**trace, "tokens": whole, "finished": value}
+        assert data.response_ids(record, tokenizer) == whole
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n ", "<|endoftext|>",
@@ -394,7 +394,7 @@ def test_no_word_mark_behind_a_prompt(tmp_path, legacy):
         ids = [tokenizer.vocab[first], tokenizer.vocab["\u2581is"], tokenizer.eot_id]
         fields = sampled_fields(ids, [-1.0] * 3, tokenizer)
         assert fields["response"] == "The is" and ("tokens" in fields) == (first != "The")
-        assert data.response_ids({"prompt": "?", **fields}, tokenizer, "t line 1") == ids
+        assert data.response_ids({"prompt": "?", **fields}, tokenizer) == ids
 
 
 # ----------------------------------------------------------------------------------- score and DASD
@@ -540,7 +540,7 @@ def test_mix(toy_model, tmp_path, capsys):
     model, tokenizer = data.load(toy_model)
     for record in evaluate.generate_answers(model, tokenizer, problems, max_new_tokens=4):
         problem = next(p for p in problems if p["id"] == record["id"])
-        written = data.response_ids(record, tokenizer, "line 1")
+        written = data.response_ids(record, tokenizer)
         assert written[:len(problem["prefix"])] == problem["prefix"]
         assert len(problem["prefix"]) < len(written) <= len(problem["prefix"]) + 4
         prompt = tokenizer.encode_prompt([{"role": "user", "content": problem["prompt"]}])

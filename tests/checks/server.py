@@ -108,7 +108,7 @@ def ask_offline(args: argparse.Namespace, chats: list[list[dict]]) -> list:
 
 def served_traces(args: argparse.Namespace, problems: list[dict]) -> tuple[str, list[dict]]:
     """The server's name, and what the README's lines make of its replies."""
-    chats = [data.get_messages(problem, "") for problem in problems]
+    chats = [data.get_messages(problem) for problem in problems]
     outputs, replies, name = [], [], "vLLM, offline"
     if args.offline:
         outputs = ask_offline(args, chats)

@@ -270,7 +270,7 @@ def kinds_of_tokens(record: dict, tokenizer: data.Tokenizer) -> list[str]:
         kinds[text.index("####")] = f"#### {last}"
         kinds[text.index("#### ") + 5] = f"answer {last}"
     found, place = [], 0
-    for piece in tokenizer.pieces(data.response_ids(record, tokenizer, "")):
+    for piece in tokenizer.pieces(data.response_ids(record, tokenizer)):
         places = range(place, place + len(piece))
         found.append(next((kinds[i] for i in places if i in kinds), "rest"))
         place += len(piece)
