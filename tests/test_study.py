@@ -40,6 +40,16 @@ def test_what_p_adds(name, ends):
         assert found == pytest.approx(end, abs=0.02)
 
 
+def test_weights_of_prefixes():
+    """Guards a refused token that lowers its own weight twice, or those of the next answer."""
+    def token_losses(*rest):
+        return torch.zeros(7), torch.tensor([0.5, 1.8, 0.9, 0.1, 2.0, 0.05, 1.0])
+
+    y = torch.tensor([7, 8, study.END, 7, 8, 9, study.END])
+    _, w = study.losses_of_prefixes("discord", None, y, token_losses=token_losses)
+    assert torch.allclose(w, torch.tensor([0.5, 0.9, 0.45, 0.1, 0.2, 0.005, 0.05]))
+
+
 def test_shares_of_ways():
     """Guards a letter or a marker counted as a way, and an infinite KL for a way never written:
     3 and 1 of 4 values, and one more of each."""

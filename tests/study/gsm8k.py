@@ -139,14 +139,13 @@ class Study:
         (self.out / "estimate.txt").write_text("".join(lines) + total)
 
     # ---- The study
-    def best_rate(self, name: str, student: object, traces: Path | None = None,
-                  label: str = "") -> tuple[str, Path]:
+    def best_rate(self, name: str, student: object) -> tuple[str, Path]:
         """The rate with the best accuracy on the held-back problems, half of it greedy and half
-        sampled, and its run. `label` is the name of its folder, if other traces are given."""
+        sampled, and its run."""
         found = []
         for rate in self.args.rates:
-            out = self.out / f"{label or name}-{rate}"
-            self.train(name, student, traces or self.out / "traces.jsonl", out, "--lr", rate)
+            out = self.out / f"{name}-{rate}"
+            self.train(name, student, self.out / "traces.jsonl", out, "--lr", rate)
             greedy = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
             sampled = evaluate.summarize(self.answer(out, "dev", out / "dev-T1.jsonl",
                                                      "--temperature", 1))

@@ -3,7 +3,7 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, far, figures. Another one,
+two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, ways, far, figures. Another,
 `steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
@@ -38,7 +38,7 @@ ROOT = Path("runs/study")
 COMMON = "--batch-size 64 --grad-accum 1 --max-length 64 --log-every 10 --device cpu --resume"
 ANSWER = "--batch-size 500 --max-new-tokens 18 --device cpu --resume"
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, by the number of seeds
-LOAD = data.load
+LOAD, TOKEN_LOSSES = data.load, loss.token_losses
 END = 3  # the id of <end>
 WAYS = "=:~>"  # four right ways to write a value: b=6 b:6 b~6 b>6
 TEACHER_SHARES = 0.4, 0.3, 0.2, 0.1
@@ -161,6 +161,17 @@ def load_without_ends(*args: object, load: Callable = data.load, **options: obje
     model.eos_token_ids = []
     return model, tokenizer
 
+def losses_of_prefixes(objective: str, q_logits: Tensor, y: Tensor, *rest: object,
+                       token_losses: Callable = loss.token_losses) -> tuple[Tensor, Tensor]:
+    """A weight is multiplied by the smallest one before it in the answer, if that is below 1: what
+    follows a refused token is refused, too. The rows are whole answers."""
+    losses, w = token_losses(objective, q_logits, y, *rest)
+    before = torch.cat([w.new_ones(1), w[:-1].clamp(max=1)])
+    begins = (y[:-1] == END).nonzero()[:, 0] + 1
+    before[begins] = 1
+    smallest = [answer.cummin(0).values for answer in before.tensor_split(begins)]
+    return losses, w * torch.cat(smallest)
+
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
     command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
@@ -227,6 +238,10 @@ class Run:
         model, row = home / "student", {}
         for i, options in enumerate(self.stages):
             data.load = load_without_ends if "by the formula" in self.label else LOAD
+            loss.token_losses = TOKEN_LOSSES
+            if "prefixes" in self.label:
+                loss.token_losses = losses_of_prefixes
+                train.CHUNK["cpu"] = 64 * 64  # all answers of a step
             if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
             folder = home / self.label.replace(" ", "-") / f"{i}"
@@ -243,7 +258,7 @@ class Run:
                 "seconds": run["seconds"],
             }
             model = folder
-        data.load = LOAD
+        data.load, loss.token_losses = LOAD, TOKEN_LOSSES
         return row | measure(self.world, model, self.problems, self.samples)
 
 def work(job: tuple) -> object:
@@ -425,9 +440,11 @@ def tau_runs() -> list[Run]:
     return runs_in([TOY], stages, 5)
 
 def prefix_runs() -> list[Run]:
-    """The traces of the problems by the rule: the teacher's four ways, without a skip."""
+    """The traces of the problems by the rule: the teacher's four ways, without a skip. Then the
+    teacher's traces, once with weights that know their prefix."""
     no_skips = ("sft --lr 1e-3 --steps 800 --traces {home}/problems.jsonl",)
-    return runs_in([TOY, FOUR_WAYS], {"SFT without skips": no_skips, "DisCorD": DISCORD}, 3)
+    stages = {"SFT without skips": no_skips, "DisCorD": DISCORD, "DisCorD of prefixes": DISCORD}
+    return runs_in([TOY, FOUR_WAYS], stages, 3)
 
 def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
