@@ -1,7 +1,8 @@
 """Kills commands at random moments and resumes them: python tests/checks/faults.py [KILLS]
 
 What comes out must be what an uninterrupted run leaves, byte for byte (weights on a CPU in fp32,
-answers). Needs what `python train.py` leaves in runs/toy. Not a test: it takes a minute and a half, and six seconds for each further kill.
+answers). Needs what `python train.py` leaves in runs/toy. Not a test: it takes a minute and a half,
+and six seconds for each further kill.
 """
 
 import random
