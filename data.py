@@ -428,14 +428,15 @@ def mix(args: argparse.Namespace) -> None:
             if record.get("response") != "":
                 ids = response_ids(record, tokenizer)[:limit]
             cut_off = drop_reason(record) == "unfinished" or len(ids) == limit
+            if not ids or not (cut_off or args.continue_all):
+                continue
             answer = text_field(record, "answer")
-        if ids and (cut_off or args.continue_all):
-            if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
-                ids = ids[:-1]
-            end = rng.randint(len(ids) // 2 + 1, len(ids))
-            asked = {key: record[key] for key in ("prompt", "messages") if key in record}
-            problems.append({"id": f"{name}/{record.get('sample', 0)}", **asked,
-                             "answer": answer, "prefix": ids[:end]})
+        if not cut_off or ids[-1] == tokenizer.eot_id:  # drop the end of turn
+            ids = ids[:-1]
+        end = rng.randint(len(ids) // 2 + 1, len(ids))
+        asked = {key: record[key] for key in ("prompt", "messages") if key in record}
+        problems.append({"id": f"{name}/{record.get('sample', 0)}", **asked,
+                         "answer": answer, "prefix": ids[:end]})
     for path, records in ((args.traces, traces), (args.answers, answers)):
         unread = Counter()
         for _, record in records:
