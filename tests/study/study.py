@@ -239,9 +239,8 @@ class Run:
         for i, options in enumerate(self.stages):
             data.load = load_without_ends if "by the formula" in self.label else LOAD
             loss.token_losses = TOKEN_LOSSES
-            if "prefixes" in self.label:
-                loss.token_losses = losses_of_prefixes
-                train.CHUNK["cpu"] = 64 * 64  # all answers of a step
+            if "prefixes" in self.label:  # they need whole answers: all of a step in one chunk
+                loss.token_losses, train.CHUNK["cpu"] = losses_of_prefixes, 64 * 64
             if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
             folder = home / self.label.replace(" ", "-") / f"{i}"
@@ -258,7 +257,7 @@ class Run:
                 "seconds": run["seconds"],
             }
             model = folder
-        data.load, loss.token_losses = LOAD, TOKEN_LOSSES
+        data.load = LOAD
         return row | measure(self.world, model, self.problems, self.samples)
 
 def work(job: tuple) -> object:
