@@ -24,9 +24,9 @@ import train
 
 HOME = Path(__file__).parents[1]
 README = (HOME / "README.md").read_text(encoding="utf-8")
-PAGES = {file.parent: file.read_text(encoding="utf-8")
-         for folder in (".", "tests", "tests/study", "tests/workshop", "tests/checks")
-         if (file := HOME / folder / "README.md").exists()}
+PAGES = {HOME / name: (HOME / name).read_text(encoding="utf-8") for name in (
+    "README.md", "tests/README.md", "tests/checks/README.md", "tests/study/README.md",
+    "tests/study/words/README.md", "tests/workshop/README.md", "tests/workshop/exercises.md")}
 RECIPE = README.partition("\n## Your own models")[2].partition("\n## Troubleshooting")[0]
 RECIPE = re.sub(r" \\\n +", " ", RECIPE)  # a command of two lines
 REAL = RECIPE.partition("runs on the toy")[0]  # then come other names
@@ -212,8 +212,8 @@ def test_code_and_links_are_those_of_the_files():
     block = re.match(r"(?:(?: {4}.*)?\n)+", page[page.index("    class DisCorD"):])[0]
     lines = [line.strip() for line in block.splitlines()]
     assert len(lines) >= 8 and [line for line in lines if line not in bridge] == []
-    for folder, text in PAGES.items():
+    for file, text in PAGES.items():
         links = re.findall(r"\]\(([^)#:]+)\)", text)
-        assert links and [link for link in links if not (folder / link).exists()] == []
+        assert links and [link for link in links if not (file.parent / link).exists()] == []
         files = re.findall(r"\btests/[\w/]+\.(?:py|yaml)\b", text)
         assert [name for name in files if not (HOME / name).exists()] == []

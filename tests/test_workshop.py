@@ -48,8 +48,8 @@ def test_exercises(tmp_path, monkeypatch, number):
     if found["patch"]:
         lines = re.findall(r"^[+-](?!\+\+ |-- ).*", found["patch"].read_text(), re.MULTILINE)
         assert sum(line[0] == "+" for line in lines) <= 5
-        page = exercise.README.read_text(encoding="utf-8").partition(f"### {number}. ")[2]
-        shown = re.search(r"```diff\n(.*?)```", page, re.DOTALL)[1]
+        text = exercise.PAGE.read_text(encoding="utf-8").partition(f"\n## {number}. ")[2]
+        shown = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1]
         assert [line for line in shown.splitlines() if line[0] != "#"] == lines
 
 

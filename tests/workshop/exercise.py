@@ -19,16 +19,16 @@ import data
 from model import check
 
 HOME = Path(__file__).parents[2]
-README = HOME / "tests/workshop/README.md"
+PAGE = HOME / "tests/workshop/exercises.md"
 ROW = re.compile(r"^\| \S+/\S+ +\| ([\d.]+) \+.*?\| ([\d.]+) \+", re.MULTILINE)  # of `report`
 
 
 def read_exercise(number: int) -> dict:
     """Title, text, commands and patch of an exercise."""
-    pages = re.split(r"^### ", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    page = next((page for page in pages if page.startswith(f"{number}. ")), None)
-    check(page, f"exercise {number}: not in {README}")
-    task, _, solution = page.partition("<details>")
+    sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    section = next((text for text in sections if text.startswith(f"{number}. ")), None)
+    check(section, f"exercise {number}: not in {PAGE}")
+    task, _, solution = section.partition("<details>")
     run = re.search(r"\*\*Run:\*\*(.*?)(?=\n- \*\*|\Z)", task, re.DOTALL)
     seen = re.search(r"</summary>\s*(.*?)\s*(```|</details>)", solution, re.DOTALL)
     return {
@@ -36,7 +36,7 @@ def read_exercise(number: int) -> dict:
         "expect": " ".join(re.search(r"\*\*Expect:\*\*(.*)", task, re.DOTALL)[1].split()),
         "commands": [" ".join(one.split()) for one in re.findall(r"`(python\s[^`]+)`", run[1])],
         "seen": " ".join(seen[1].split()),
-        "patch": next(README.parent.glob(f"{number:02}-*.patch"), None),
+        "patch": next(PAGE.parent.glob(f"{number:02}-*.patch"), None),
     }
 
 
