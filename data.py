@@ -588,8 +588,8 @@ def output(text: str) -> str:
 
 def add_command(commands: argparse._SubParsersAction, function: Callable) -> Callable:
     """A command named like its function, with its docstring; returns its add_argument."""
-    about = inspect.getdoc(function)
-    command = commands.add_parser(function.__name__, help=about, description=about,
+    docstring = inspect.getdoc(function)
+    command = commands.add_parser(function.__name__, help=docstring, description=docstring,
                                   formatter_class=HelpFormatter)
     command.set_defaults(run=function)
     return command.add_argument

@@ -645,9 +645,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     for function, options in required.items():
         add = data.add_command(commands, function)
-        for name, about in options.items():
+        for name, meaning in options.items():
             kind = data.output if name == "--out" else str
-            add(name, type=kind, required=True, help=about)
+            add(name, type=kind, required=True, help=meaning)
         data.add_model_options(add)
         if function is weights:
             add("--tau", type=data.bounded(float, 1e-9), default=loss.TAU,
