@@ -186,7 +186,8 @@ def test_words(model, tmp_path, ran, monkeypatch):
     out = tmp_path / "out"
     _, _, *rows = (out / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rows] == [
-        "teacher", "student before", "lessons without skips", *words.OBJECTIVES.values()]
+        "teacher", "student before", "lessons without skips", *words.OBJECTIVES.values(),
+        *(f"{words.OBJECTIVES[name]}, traces in reach" for name in words.OF_REACHABLE)]
     assert words.Words.left == pytest.approx(0, abs=1) and words.Words.worked > 1e5
     taus = {name: read_json(out / f"seed0/{name}-1e-4/run.json")["options"]["tau"]
             for name in ("discord", "discord@1")}

@@ -139,13 +139,14 @@ class Study:
         (self.out / "estimate.txt").write_text("".join(lines) + total)
 
     # ---- The study
-    def best_rate(self, name: str, student: object) -> tuple[str, Path]:
+    def best_rate(self, name: str, student: object, traces: str = "traces") -> tuple[str, Path]:
         """The rate with the best accuracy on the held-back problems, half of it greedy and half
         sampled, and its run."""
+        label = name if traces == "traces" else f"{name}-{traces}"
         found = []
         for rate in self.args.rates:
-            out = self.out / f"{name}-{rate}"
-            self.train(name, student, self.out / "traces.jsonl", out, "--lr", rate)
+            out = self.out / f"{label}-{rate}"
+            self.train(name, student, self.out / f"{traces}.jsonl", out, "--lr", rate)
             greedy = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
             sampled = evaluate.summarize(self.answer(out, "dev", out / "dev-T1.jsonl",
                                                      "--temperature", 1))

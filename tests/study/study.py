@@ -7,10 +7,12 @@ two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, ways, far
 `steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
+import argparse
 import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -172,6 +174,24 @@ def losses_of_prefixes(objective: str, q_logits: Tensor, y: Tensor, *rest: objec
     smallest = [answer.cummin(0).values for answer in before.tensor_split(begins)]
     return losses, w * torch.cat(smallest)
 
+def scored(student: Path, traces: Path) -> tuple:
+    """Tokenizer, records, examples and the student's log-probabilities of the responses."""
+    args = argparse.Namespace(traces=traces, dtype="float32", device="cpu")
+    return data.load_scored(str(student), args, True)
+
+def keep_reachable(student: Path, traces: Path, out: Path) -> None:
+    """Refuse whole traces: those with a token that the student finds a thousand times less likely
+    than the teacher does."""
+    if out.exists():
+        return
+    _, records, examples, logps = scored(student, traces)
+    kept = []
+    for record, example, q_logp in zip(records, examples, logps, strict=True):
+        if (q_logp - example.teacher_logp).min() > -math.log(1000):
+            kept.append(record)
+    print(f"{traces}: {len(kept)} of {len(records)} traces are within the student's reach")
+    data.write_jsonl(out, kept)
+
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
     command = f"--student {student} --traces {traces} --out {out} {COMMON} {options}"
@@ -235,7 +255,11 @@ class Run:
 
     def do(self) -> dict:
         home = self.world.home(self.seed)
-        model, row = home / "student", {}
+        out = home / self.label.replace(" ", "-")
+        model, traces, row = home / "student", home / "traces.jsonl", {}
+        if "in reach" in self.label:
+            traces = out / "traces.jsonl"
+            keep_reachable(model, home / "traces.jsonl", traces)
         for i, options in enumerate(self.stages):
             data.load = load_without_ends if "by the formula" in self.label else LOAD
             loss.token_losses = TOKEN_LOSSES
@@ -243,8 +267,8 @@ class Run:
                 loss.token_losses, train.CHUNK["cpu"] = losses_of_prefixes, 64 * 64
             if options.startswith(("kl", "rkl")):
                 options += f" --teacher {self.world.teacher}"
-            folder = home / self.label.replace(" ", "-") / f"{i}"
-            run = fit(model, home / "traces.jsonl", folder,
+            folder = out / f"{i}"
+            run = fit(model, traces, folder,
                       f"--seed {self.seed} --objective {options.format(home=home)}")
             lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
             losses = [line["unweighted"] for line in lines]
@@ -445,6 +469,12 @@ def prefix_runs() -> list[Run]:
     stages = {"SFT without skips": no_skips, "DisCorD": DISCORD, "DisCorD of prefixes": DISCORD}
     return runs_in([TOY, FOUR_WAYS], stages, 3)
 
+def reach_runs() -> list[Run]:
+    """A teacher that skips less, so that some traces have no skip: refuse tokens, or traces?"""
+    stages = {"SFT": SFT, "DisCorD": DISCORD, "SFT on traces in reach": SFT,
+              "DisCorD on traces in reach": DISCORD}
+    return runs_in([World(skip=0.2)], stages, 5)
+
 def capacity_runs() -> list[Run]:
     """In the last world, the student has never seen a multiplication."""
     worlds = [World(skip=skip) for skip in (0.2, 0.6, 0.9)]
@@ -590,6 +620,7 @@ PARTS = {
     "shares": shares,
     "tau": lambda: show(tau_runs(), *ACCURACY),
     "prefixes": lambda: show(prefix_runs(), *ACCURACY, "kl"),
+    "reach": lambda: show(reach_runs(), *ACCURACY, "tokens"),
     "capacity": lambda: show(capacity_runs(), *ACCURACY),
     "dead": lambda: show(dead_runs(), *ACCURACY, "marker"),
     "ends": lambda: show(ends_runs(), *ACCURACY, "cut_off"),

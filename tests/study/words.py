@@ -39,6 +39,7 @@ HOPS = 2, 3, 4
 LAYERS = "12+8"
 OBJECTIVES = {"sft": "SFT", "dft": "DFT", "discord": "DisCorD, τ = 0.7",
               "discord@1": "DisCorD, τ = 1", "kl": "KL", "rkl": "reverse KL"}
+OF_REACHABLE = ["sft", "discord@1"]  # these also learn from a part of the traces
 RATES = ["3e-5", "1e-4"]
 TEACHER_STEPS, STUDENT_STEPS = 90, 150  # of eight lessons
 STEPS = 120  # of four traces: in 60 of eight, even good lessons taught the student little
@@ -149,9 +150,9 @@ class Words(gsm8k.Study):
         held_back, tests = self.size(HELD_BACK), 5 * self.size(TEST)
         total = self.train_cost("sft", self.before, 8 * self.size(STUDENT_STEPS))
         total += self.answer_cost(self.teacher, problems + tests)
-        total += (2 + len(OBJECTIVES)) * self.answer_cost(self.before, tests)
+        total += (2 + len(OBJECTIVES) + len(OF_REACHABLE)) * self.answer_cost(self.before, tests)
         total += self.train_cost("sft", self.before, traces)  # the check
-        for name in OBJECTIVES:
+        for name in [*OBJECTIVES, *OF_REACHABLE]:
             one = self.train_cost(name, self.before, traces)
             total += len(RATES) * (one + self.answer_cost(self.before, 2 * held_back))
         return total
@@ -183,6 +184,11 @@ class Words(gsm8k.Study):
         self.measure(self.teacher, folders["teacher"], None)
         for objective, name in OBJECTIVES.items():
             _, folders[name] = self.best_rate(objective, self.before)
+            self.measure(folders[name], folders[name], None)
+        study.keep_reachable(self.before, self.home / "traces.jsonl", self.home / "reachable.jsonl")
+        for objective in OF_REACHABLE:
+            name = f"{OBJECTIVES[objective]}, traces in reach"
+            _, folders[name] = self.best_rate(objective, self.before, "reachable")
             self.measure(folders[name], folders[name], None)
         return folders
 
@@ -281,10 +287,8 @@ def kinds_of_tokens(record: dict, tokenizer: data.Tokenizer) -> list[str]:
 
 def weight_rows(student: Path, traces: Path) -> list[list[str]]:
     """The mean weights of each kind of token before the first step."""
-    model, tokenizer = data.load(student)
-    records: list[dict] = []
-    examples, _ = data.load_traces(traces, tokenizer, need_logprobs=True, records=records)
-    logps, groups = data.response_logp(model, examples), defaultdict(list)
+    tokenizer, records, examples, logps = study.scored(student, traces)
+    groups = defaultdict(list)
     for record, example, logp in zip(records, examples, logps, strict=True):
         kinds = kinds_of_tokens(record, tokenizer)
         for one in zip(kinds, logp, example.teacher_logp, strict=True):
