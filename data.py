@@ -392,18 +392,24 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
 def select(args: argparse.Namespace) -> None:
     """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with the largest
     share of sentences whose tokens the teacher finds, on average, at least twice as likely
-    as the student does."""
+    as the student does. Before that, --max-ratio drops what is beyond the student."""
     tokenizer, records, examples, logps = load_scored(args.student, args, True)
-    shares = []
-    for example, q_logp in zip(examples, logps, strict=True):
+    shares = {}  # index of a trace: its share
+    for i, (example, q_logp) in enumerate(zip(examples, logps, strict=True)):
+        log_ratio = (example.teacher_logp - q_logp)[:-1]  # without the end of turn
+        if log_ratio.max() > math.log(args.max_ratio):
+            continue
         p = sentence_means(tokenizer, example, example.teacher_logp, args.separator)
         q = sentence_means(tokenizer, example, q_logp, args.separator)
-        shares.append(np.mean(p - q > math.log(2)))
-    ranked = np.argsort(-np.array(shares), kind="stable")
-    count = math.ceil(args.keep * len(records))
-    kept = np.sort(ranked[:count])
+        shares[i] = np.mean(p - q > math.log(2))
+    check(shares, f"{args.traces}: every trace is beyond --max-ratio {args.max_ratio:g}")
+    ranked = sorted(shares, key=lambda i: -shares[i])
+    count = math.ceil(args.keep * len(ranked))
+    kept = sorted(ranked[:count])
     write_jsonl(args.out, [records[i] for i in kept])
-    print(f"{args.out}: kept {len(kept)} of {len(shares)} traces")
+    beyond = len(records) - len(ranked)
+    print(f"{args.out}: kept {len(kept)} of {len(records)} traces; {beyond} are beyond "
+          f"--max-ratio {args.max_ratio:g}")
 
 def mix(args: argparse.Namespace) -> None:
     """DASD's mixed-policy distillation (arXiv 2601.09088): student answers that were cut
@@ -465,8 +471,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             add_model_options(add)
         if function is select:
+            add("--max-ratio", type=bounded(float, 1), default=math.inf,
+                help="drop traces with a token whose p / q is larger")
             add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
-                help="share of the traces")
+                help="share of the other traces")
             add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",
                 help="regular expression between sentences")
     args = parser.parse_args(argv)

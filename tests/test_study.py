@@ -5,7 +5,6 @@ import random
 import re
 from collections import Counter
 
-import numpy as np
 import pytest
 import study
 import torch
@@ -131,18 +130,6 @@ def test_steps_of_words(response, expected):
     found = words.read_steps(words_record(response))
     assert {key: value for key, value in found.items() if value} == {"answers": 1, **expected}
     assert words.read_steps(words_record(response, finished=False))["too late"] == 1
-
-
-def test_reachable_traces(tmp_path, monkeypatch):
-    """Guards p and q exchanged, a mean in place of the worst token, another limit than 1,000."""
-    teacher = np.zeros(3, np.float32)
-    student = [[-6.8, -6.8, -6.8], [-7.0, 0, 0], [0, 0, 0]]
-    examples = [data.Example(np.arange(5), 2, teacher) for _ in student]
-    monkeypatch.setattr(study, "scored", lambda *_: (
-        None, [{"id": i} for i in range(3)], examples, list(map(np.array, student))))
-    study.keep_reachable(tmp_path, tmp_path, tmp_path / "kept.jsonl")
-    kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "kept.jsonl")]
-    assert kept == [0, 2]
 
 
 def test_kinds_of_tokens(toy_model):

@@ -447,7 +447,8 @@ def test_sentences_of_any_bytes(tokenizer):
 
 def test_select(tokenizer, tmp_path, capsys):
     """Guards the direction (teacher's sentences, not the student's), the share that is kept, the
-    order, and wrong or unfinished traces among the chosen."""
+    order, and wrong or unfinished traces among the chosen; --max-ratio: q / p in place of p / q, a
+    mean in place of the worst token, and an end of turn that counts."""
     make_hf(tmp_path / "student", "qwen2", vocab_size=tokenizer.vocab_size)
     student, _ = data.load(tmp_path / "student")
     records = []
@@ -471,7 +472,8 @@ def test_select(tokenizer, tmp_path, capsys):
     assert kept == [records[i] for i in (2, 3, 6, 7)]
     printed = capsys.readouterr().out
     assert "8 traces; dropped: {'wrong': 1, 'unfinished': 1, 'with a log-prob" in printed
-    assert "null or below -1000': 2}\n" in printed and "out.jsonl: kept 4 of 8 traces\n" in printed
+    assert "null or below -1000': 2}\n" in printed
+    assert "out.jsonl: kept 4 of 8 traces; 0 are beyond --max-ratio inf\n" in printed
     for share, ids in (("0.25", [3, 7]), ("0.3", [2, 3, 7]), ("1", range(8))):
         data.main([*command, "--keep", share])
         kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
@@ -482,6 +484,16 @@ def test_select(tokenizer, tmp_path, capsys):
     data.write_jsonl(tmp_path / "in.jsonl", records[8:])
     with pytest.raises(BadInput, match=r"in\.jsonl: no usable trace; dropped: \{'wrong': 1, "):
         data.main(command)
+    for record in records:
+        record["teacher_logprobs"][-1] = 0.0  # of the end of turn: p / q is in the thousands
+    data.write_jsonl(tmp_path / "in.jsonl", records[:8])
+    for ratio, share, ids in (("2.9", "1", [0, 4]), ("3.1", "1", range(8)), ("2.9", "0.5", [0])):
+        data.main([*command, "--max-ratio", ratio, "--keep", share])
+        kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
+        assert kept == [*ids]
+    data.write_jsonl(tmp_path / "in.jsonl", records[1:4])
+    with pytest.raises(BadInput, match="every trace is beyond --max-ratio 2"):
+        data.main([*command, "--max-ratio", "2"])
 
 
 def raised(tokenizer, example, text, count):

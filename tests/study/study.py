@@ -7,12 +7,10 @@ two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, ways, far
 `steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -174,23 +172,12 @@ def losses_of_prefixes(objective: str, q_logits: Tensor, y: Tensor, *rest: objec
     smallest = [answer.cummin(0).values for answer in before.tensor_split(begins)]
     return losses, w * torch.cat(smallest)
 
-def scored(student: Path, traces: Path) -> tuple:
-    """Tokenizer, records, examples and the student's log-probabilities of the responses."""
-    args = argparse.Namespace(traces=traces, dtype="float32", device="cpu")
-    return data.load_scored(str(student), args, True)
-
 def keep_reachable(student: Path, traces: Path, out: Path) -> None:
     """Refuse whole traces: those with a token that the student finds a thousand times less likely
     than the teacher does."""
-    if out.exists():
-        return
-    _, records, examples, logps = scored(student, traces)
-    kept = []
-    for record, example, q_logp in zip(records, examples, logps, strict=True):
-        if (q_logp - example.teacher_logp).min() > -math.log(1000):
-            kept.append(record)
-    print(f"{traces}: {len(kept)} of {len(records)} traces are within the student's reach")
-    data.write_jsonl(out, kept)
+    if not out.exists():
+        data.main(["select", "--student", str(student), "--traces", str(traces), "--out", str(out),
+                   "--max-ratio", "1000", "--keep", "1"])
 
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""

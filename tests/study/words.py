@@ -287,7 +287,8 @@ def kinds_of_tokens(record: dict, tokenizer: data.Tokenizer) -> list[str]:
 
 def weight_rows(student: Path, traces: Path) -> list[list[str]]:
     """The mean weights of each kind of token before the first step."""
-    tokenizer, records, examples, logps = study.scored(student, traces)
+    args = argparse.Namespace(traces=traces, dtype="float32", device="cpu")
+    tokenizer, records, examples, logps = data.load_scored(str(student), args, True)
     groups = defaultdict(list)
     for record, example, logp in zip(records, examples, logps, strict=True):
         kinds = kinds_of_tokens(record, tokenizer)
