@@ -1,6 +1,7 @@
 """The scripts for real weights, a real server and the study of GSM8K, on toy and random models."""
 
 import contextlib
+import csv
 import io
 import json
 import random
@@ -178,7 +179,8 @@ def test_gsm8k(model, tmp_path, problems, ran):
 
 def test_words(model, tmp_path, ran, monkeypatch):
     """Guards commands of the study that do not fit together, a tau that is not its own, an
-    estimate that leaves out a stage, and stages that are done twice."""
+    estimate that leaves out a stage, stages that are done twice, and a second seed with rates or
+    a student of its own."""
     monkeypatch.setattr(words, "LAYERS", "0+1")
     monkeypatch.setattr(evaluate, "is_correct", lambda text, gold: len(text) % 3 > 0)
     argv = ["--weights", str(model), "--scale", "0.02", "--out", str(tmp_path / "out")]
@@ -194,8 +196,19 @@ def test_words(model, tmp_path, ran, monkeypatch):
     assert taus == {"discord": loss.TAU, "discord@1": 1.0}
     assert "- DFT, T1, " in (out / "answers.md").read_text()
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*/*.safetensors")}
-    words.main(argv)
+    words.main([*argv, "--seeds", "0", "1"])
     assert files == {file: file.stat().st_mtime_ns for file in files}
+    assert words.Words.left == pytest.approx(0, abs=1)
+    with open(out / "table.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["seed"] for row in table] == ["seed0", "seed1"] * len(rows)
+    for first, second in zip(table[4::2], table[5::2], strict=True):
+        assert first["rate"] == second["rate"] != "" or first["run"] == "lessons without skips"
+    made = {folder.name for folder in (out / "seed1").glob("*-?e-?")}
+    assert len(made) == 1 + len(words.OBJECTIVES) + len(words.OF_REACHABLE)
+    losses = [next(data.read_jsonl(out / f"seed{seed}/before/log.jsonl"))[1]["loss"]
+              for seed in (0, 1)]
+    assert losses[0] != losses[1]
 
 
 def test_cut(model, tmp_path):

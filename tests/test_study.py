@@ -132,6 +132,17 @@ def test_steps_of_words(response, expected):
     assert words.read_steps(words_record(response, finished=False))["too late"] == 1
 
 
+def test_mean_of_seeds():
+    """Guards an interval of one seed for all, and a mean of one column in another's place."""
+    titles = ("greedy", "sampled", "greedy - SFT", "sampled - SFT")
+    rows = [{"run": "DFT", "rate": "3e-5", "minutes": minutes,
+             **{title: value + place / 10 for place, title in enumerate(titles)},
+             **{f"± {title}": half for title in titles}}
+            for value, half, minutes in ((0.1, 0.03, 2), (0.3, 0.04, 4))]
+    assert words.mean_cells(rows) == ["DFT", "3e-5", "0.200 ± 0.025", "0.300 ± 0.025",
+                                      "+0.400 ± 0.025", "+0.500 ± 0.025", "3.0"]
+
+
 def test_kinds_of_tokens(toy_model):
     """Guards weights of tokens beside those that their row names; here a token is a word."""
     tokenizer = data.Tokenizer(toy_model)

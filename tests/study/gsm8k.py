@@ -139,14 +139,18 @@ class Study:
         (self.out / "estimate.txt").write_text("".join(lines) + total)
 
     # ---- The study
+    def train_at(self, rate: str, name: str, student: object, traces: str = "traces") -> Path:
+        label = name if traces == "traces" else f"{name}-{traces}"
+        out = self.out / f"{label}-{rate}"
+        self.train(name, student, self.out / f"{traces}.jsonl", out, "--lr", rate)
+        return out
+
     def best_rate(self, name: str, student: object, traces: str = "traces") -> tuple[str, Path]:
         """The rate with the best accuracy on the held-back problems, half of it greedy and half
         sampled, and its run."""
-        label = name if traces == "traces" else f"{name}-{traces}"
         found = []
         for rate in self.args.rates:
-            out = self.out / f"{label}-{rate}"
-            self.train(name, student, self.out / f"{traces}.jsonl", out, "--lr", rate)
+            out = self.train_at(rate, name, student, traces)
             greedy = evaluate.summarize(self.answer(out, "dev", out / "dev-greedy.jsonl"))
             sampled = evaluate.summarize(self.answer(out, "dev", out / "dev-T1.jsonl",
                                                      "--temperature", 1))

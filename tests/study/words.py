@@ -1,12 +1,13 @@
 """Who is whose: six objectives with real pretrained weights, on two CPU cores or a GPU.
 
     python tests/study/words.py                     # SmolLM2-135M-Instruct, three hours
-    python tests/study/words.py --seeds 0 1 2       # three seeds, one after the other
+    python tests/study/words.py --seeds 0 1 2       # three seeds, seven hours
 
 A problem is a few sentences and a question about them. The student is the teacher's model without
 the layers between its first 12 and its last 8, healed on answers that are written out. --out holds
-log.txt, table.md, table.csv, steps.md, weights.md and answers.md. The same command resumes, and a
-further seed uses the same teacher. On a GPU, --scale 4 trains longer and on more problems.
+log.txt, table.md, table.csv, steps.md, weights.md and answers.md. The same command resumes. A
+further seed has the same teacher and the first seed's rates, so it takes two hours. On a GPU,
+--scale 4 trains longer and on more problems.
 """
 
 import argparse
@@ -98,9 +99,10 @@ class Words(gsm8k.Study):
     left = spent = worked = 0.0
     rate = 1.0  # seconds of one unit of cost, before anything was measured
 
-    def __init__(self, root: Path, seed: int, scale: float):
+    def __init__(self, root: Path, seed: int, scale: float, rates: dict[tuple, str]):
+        """`rates` has the learning rates that an earlier seed found best."""
         self.root, self.home, self.scale = root, root / f"seed{seed}", scale
-        self.teacher, self.before = root / "teacher", self.home / "before"
+        self.teacher, self.before, self.rates = root / "teacher", self.home / "before", rates
         super().__init__(*gsm8k.parse_args([
             "--teacher", str(self.teacher), "--out", str(self.home), "--seed", str(seed),
             "--objectives", *OBJECTIVES, "--rates", *RATES, "--exposure-length", "0",
@@ -144,8 +146,8 @@ class Words(gsm8k.Study):
         self.count(self.answer_cost(model, len(answers)), finished, begin)
         return answers
 
-    def cost(self) -> float:
-        """Of all stages of this seed but the teacher."""
+    def cost(self, first: bool) -> float:
+        """Of all stages of this seed but the teacher. The first seed also finds the rates."""
         traces, problems = 4 * self.size(STEPS), self.size(PROBLEMS)
         held_back, tests = self.size(HELD_BACK), 5 * self.size(TEST)
         total = self.train_cost("sft", self.before, 8 * self.size(STUDENT_STEPS))
@@ -154,7 +156,9 @@ class Words(gsm8k.Study):
         total += self.train_cost("sft", self.before, traces)  # the check
         for name in [*OBJECTIVES, *OF_REACHABLE]:
             one = self.train_cost(name, self.before, traces)
-            total += len(RATES) * (one + self.answer_cost(self.before, 2 * held_back))
+            if first:
+                one = len(RATES) * (one + self.answer_cost(self.before, 2 * held_back))
+            total += one
         return total
 
     def make_student(self, weights: str) -> None:
@@ -183,14 +187,23 @@ class Words(gsm8k.Study):
                    "lessons without skips": self.check_gain()}
         self.measure(self.teacher, folders["teacher"], None)
         for objective, name in OBJECTIVES.items():
-            _, folders[name] = self.best_rate(objective, self.before)
-            self.measure(folders[name], folders[name], None)
+            folders[name] = self.run_objective(objective, "traces")
         study.keep_reachable(self.before, self.home / "traces.jsonl", self.home / "reachable.jsonl")
         for objective in OF_REACHABLE:
             name = f"{OBJECTIVES[objective]}, traces in reach"
-            _, folders[name] = self.best_rate(objective, self.before, "reachable")
-            self.measure(folders[name], folders[name], None)
+            folders[name] = self.run_objective(objective, "reachable")
         return folders
+
+    def run_objective(self, objective: str, traces: str) -> Path:
+        """The run at the best rate, with its test answers."""
+        rate = self.rates.get((objective, traces))
+        if rate:
+            out = self.train_at(rate, objective, self.before, traces)
+        else:
+            rate, out = self.best_rate(objective, self.before, traces)
+            self.rates[objective, traces] = rate
+        self.measure(out, out, None)
+        return out
 
     def make_all_traces(self) -> None:
         count = self.size(PROBLEMS)
@@ -303,52 +316,52 @@ def weight_rows(student: Path, traces: Path) -> list[list[str]]:
 
 
 # ---- The tables
-def half_interval(per_seed: list[np.ndarray]) -> float:
-    """Half of a 95 % interval: over seeds, or, with one seed, over its problems."""
-    if len(per_seed) == 1:
-        return 1.96 * per_seed[0].std(ddof=1) / len(per_seed[0]) ** 0.5
-    return study.half_interval([values.mean() for values in per_seed])
-
-
 def per_problem(folder: Path, decoding: str) -> np.ndarray:
     found = evaluate.summarize(evaluate.read_answers(folder / f"test-{decoding}.jsonl"))
     return np.array(list(found["per_problem"].values()))
 
 
-def result_row(name: str, places: list[Path], bases: list[Path]) -> dict[str, object]:
-    """A row of the table; `bases` are the folders of SFT, one for each seed."""
-    rates = [re.search(r"-(\de-\d)$", place.name) for place in places]
-    row: dict = {"run": name, "rate": " ".join(dict.fromkeys(rate[1] for rate in rates if rate))}
+def result_row(seed: str, name: str, place: Path, base: Path) -> dict[str, object]:
+    """A row of table.csv, with half of each 95 % interval over the problems. `base` has SFT's
+    answers."""
+    rate = re.search(r"-(\de-\d)$", place.name)
+    row: dict = {"seed": seed, "run": name, "rate": rate[1] if rate else ""}
     for column, decoding in (("greedy", "greedy"), ("sampled", "T1")):
-        values = [per_problem(place, decoding) for place in places]
-        gains = [one - per_problem(base, decoding)
-                 for one, base in zip(values, bases, strict=True)]
-        for title, parts in ((column, values), (f"{column} - SFT", gains)):
-            row[title] = np.mean([one.mean() for one in parts])
-            row[f"± {title}"] = half_interval(parts)
-    made = [read_json(place / "run.json") for place in places if (place / "run.json").exists()]
-    row["minutes"] = np.mean([run["seconds"] for run in made]) / 60 if made else ""
+        values = per_problem(place, decoding)
+        for title, each in ((column, values),
+                            (f"{column} - SFT", values - per_problem(base, decoding))):
+            row[title] = each.mean()
+            row[f"± {title}"] = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+    row["minutes"] = ""
+    if (place / "run.json").exists():
+        row["minutes"] = read_json(place / "run.json")["seconds"] / 60
     return row
+
+
+def mean_cells(rows: list[dict]) -> list[str]:
+    """A row of table.md, from one row of each seed. The intervals are over the problems of all
+    seeds; how much the seeds themselves differ is in table.csv."""
+    cells = [rows[0]["run"], rows[0]["rate"]]
+    for title in ("greedy", "sampled", "greedy - SFT", "sampled - SFT"):
+        mean = np.mean([row[title] for row in rows])
+        half = np.sqrt(sum(row[f"± {title}"] ** 2 for row in rows)) / len(rows)
+        sign = "+" if title.endswith("SFT") else ""
+        cells.append(f"{mean:{sign}.3f} ± {half:.3f}")
+    minutes = [row["minutes"] for row in rows if row["minutes"]]
+    return [*cells, f"{np.mean(minutes):.1f}" if minutes else ""]
 
 
 def write_results(root: Path, folders: list[dict[str, Path]]) -> None:
     """table.csv and table.md; each of `folders` is of one seed."""
-    places = {name: [one[name] for one in folders] for name in folders[0]}
-    rows = [result_row(name, where, places["SFT"]) for name, where in places.items()]
+    rows = {name: [result_row(one[name].parent.name, name, one[name], one["SFT"])
+                   for one in folders] for name in folders[0]}
     with open(root / "table.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows["SFT"][0])
         writer.writeheader()
-        writer.writerows(rows)
-    shown = []
-    for row in rows:
-        cells = [str(row["run"]), str(row["rate"])]
-        for title in ("greedy", "sampled", "greedy - SFT", "sampled - SFT"):
-            sign = "+" if title.endswith("SFT") else ""
-            cells.append(f"{row[title]:{sign}.3f} ± {row[f'± {title}']:.3f}")
-        cells.append(f"{row['minutes']:.1f}" if row["minutes"] else "")
-        shown.append(cells)
+        for of_seeds in rows.values():
+            writer.writerows(of_seeds)
     head = ["", "rate", "greedy", "sampled", "greedy - SFT", "sampled - SFT", "minutes"]
-    gsm8k.write_table(root / "table.md", head, shown)
+    gsm8k.write_table(root / "table.md", head, [mean_cells(each) for each in rows.values()])
 
 
 def write_steps(root: Path, folders: list[dict[str, Path]]) -> None:
@@ -387,7 +400,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if len(args.seeds) > 5:
         parser.error("--seeds: at most five")
-    studies = [Words(Path(args.out), seed, args.scale) for seed in args.seeds]
+    rates: dict = {}
+    studies = [Words(Path(args.out), seed, args.scale, rates) for seed in args.seeds]
     first = studies[0]
     lessons = first.root / "teacher-lessons.jsonl"
     write(lessons, first.size(TEACHER_STEPS) * 8, back=0.5, skip=0.25)
@@ -398,7 +412,7 @@ def main(argv: list[str]) -> None:
     Words.rate = 1 / (3 * 30 * max(speeds))
     teacher_steps = first.size(TEACHER_STEPS)
     Words.left = first.train_cost("sft", first.teacher, 8 * teacher_steps)
-    Words.left += sum(one.cost() for one in studies)
+    Words.left += sum(one.cost(one is first) for one in studies)
     print(f"this will take about {Words.left * Words.rate / 3600:.1f} hours, less what is done")
     first.train("sft", args.weights, lessons, first.teacher, "--steps", teacher_steps,
                 "--batch-size", 8, "--lr", "2e-4", "--seed", 0)
