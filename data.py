@@ -397,7 +397,7 @@ def select(args: argparse.Namespace) -> None:
     shares = {}  # index of a trace: its share
     for i, (example, q_logp) in enumerate(zip(examples, logps, strict=True)):
         log_ratio = (example.teacher_logp - q_logp)[:-1]  # without the end of turn
-        if log_ratio.max() > math.log(args.max_ratio):
+        if log_ratio.max(initial=0) > math.log(args.max_ratio):
             continue
         p = sentence_means(tokenizer, example, example.teacher_logp, args.separator)
         q = sentence_means(tokenizer, example, q_logp, args.separator)

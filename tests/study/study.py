@@ -3,8 +3,8 @@
 The README's tables and figures, from nothing: worlds, teachers, students and traces are made with
 the commands of real models (train.py, evaluate.py accuracy), in runs/study, as many runs at a time
 as there are cores, each on one. What is finished is not done again. Parts: main (half an hour on
-two cores), rates, times, shares, tau, prefixes, capacity, dead, ends, ways, far, figures. Another,
-`steps FOLDER...`, counts what students of the toy do, step by step.
+two cores), rates, times, shares, tau, prefixes, reach, capacity, dead, ends, ways, far, figures.
+Another, `steps FOLDER...`, counts what students of the toy do, step by step.
 """
 
 import contextlib
