@@ -472,7 +472,8 @@ def main(argv: list[str] | None = None) -> None:
             add_model_options(add)
         if function is select:
             add("--max-ratio", type=bounded(float, 1), default=math.inf,
-                help="drop traces with a token whose p / q is larger")
+                help="drop traces with a token that the teacher finds likelier than the "
+                "student does by a larger factor")
             add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
                 help="share of the other traces")
             add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",

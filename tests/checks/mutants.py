@@ -89,6 +89,8 @@ MUTANTS = [
     ("data.py", "target = Path(path).resolve()", "target = Path(path)"),
     ("data.py", "check(np.isfinite(results[i]).all(),", "check(True,"),
     ("data.py", '        record.setdefault("prompt_tokens", len(tokenizer.encode_prompt(turns)))\n', ""),
+    ("data.py", "[:-1]  # without the end of turn", ""),
+    ("data.py", "log_ratio.max(initial=0)", "log_ratio.mean()"),
     ("data.py", "byte_level and split.add_prefix_space", "False"),
     ("data.py", "tokenizer.find_mark(response) or", "False or"),
     ("data.py", "for name in turn.keys() - TURN_FIELDS", "for name in []"),

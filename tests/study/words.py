@@ -5,9 +5,9 @@
 
 A problem is a few sentences and a question about them. The student is the teacher's model without
 the layers between its first 12 and its last 8, healed on answers that are written out. --out holds
-log.txt, table.md, table.csv, steps.md, weights.md and answers.md. The same command resumes. A
-further seed has the same teacher and the first seed's rates, so it takes two hours. On a GPU,
---scale 4 trains longer and on more problems.
+table.md, table.csv, steps.md, weights.md, answers.md and, in the folder of each seed, log.txt. The
+same command resumes. A further seed has the same teacher and the first seed's rates, so it takes
+two hours. On a GPU, --scale 4 trains longer and on more problems.
 """
 
 import argparse
