@@ -178,7 +178,7 @@ def test_tokenizers_that_add_something(tmp_path, name):
     assert text == "<s>It5 is</s>"
 
 
-def test_white_space_at_the_beginning(real_tokenizer):
+def test_white_space_at_the_beginning(shared, real_tokenizer):
     """Guards the first blanks of a response, in tokenizers whose decoder or post-processor has an
     `add_prefix_space` that does not matter here."""
     for name in ("Qwen2.5-Instruct", "Llama-3.2-Instruct", "SmolLM2-Instruct"):

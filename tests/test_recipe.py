@@ -112,7 +112,10 @@ def test_recipes(tmp_path, monkeypatch, capsys):
         assert text == record["rendered"]
     run = json.loads(Path("runs/discord/run.json").read_text())
     right = sum(record["correct"] and record["finished"] for record in teacher)
-    assert run["traces"] == right and sum(run["dropped"].values()) == 48 - right > 4
+    # The byte tokenizer's model sometimes writes a special token.
+    marked = run["dropped"].get("with special tokens in the text", 0)
+    assert run["traces"] == right - marked > 4
+    assert sum(run["dropped"].values()) == 48 - right + marked > 4
     mixed = [record for _, record in data.read_jsonl("runs/m.jsonl")]
     assert any(record["correct"] and record["finished"] for record in mixed)
     scored = [record for _, record in data.read_jsonl("runs/scored.jsonl")]
