@@ -392,7 +392,7 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
 def select(args: argparse.Namespace) -> None:
     """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with the largest
     share of sentences whose tokens the teacher finds, on average, at least twice as likely
-    as the student does. Before that, --max-ratio drops what is beyond the student."""
+    as the student does. Before that, --max-ratio drops traces with too unlikely a token."""
     tokenizer, records, examples, logps = load_scored(args.student, args, True)
     shares = {}  # index of a trace: its share
     for i, (example, q_logp) in enumerate(zip(examples, logps, strict=True)):
