@@ -1,4 +1,4 @@
-"""Tokenizers, traces and batches; the commands score, select and mix.
+"""Tokenizers, traces and batches; the commands score, reach, select and mix.
 
 A trace is one JSON object per line:
 
@@ -321,7 +321,7 @@ def collate(examples: list[Example], device: str = "cpu") -> Batch:
         arrays.append(np.concatenate(logps))
     return Batch(*[torch.from_numpy(array).to(device) for array in arrays])
 
-# ---- The commands score, select and mix
+# ---- The commands score, reach, select and mix
 def map_rows(function: Callable, *rows: Tensor) -> Tensor:
     """`function` of N rows, 256 at a time, since it makes logits, which are V wide."""
     parts = zip(*(tensor.split(256) for tensor in rows), strict=True)
@@ -389,27 +389,34 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
     count = np.bincount(sentence)
     return np.bincount(sentence, logp)[count > 0] / count[count > 0]
 
+def reach(args: argparse.Namespace) -> None:
+    """Keep the traces in reach of the student: those in which it finds no token --max-ratio
+    times less likely than the teacher does. The end of turn does not count."""
+    _, records, examples, logps = load_scored(args.student, args, True)
+    kept = []
+    for record, example, q_logp in zip(records, examples, logps, strict=True):
+        log_ratio = (example.teacher_logp - q_logp)[:-1]  # without the end of turn
+        if log_ratio.max(initial=0) <= math.log(args.max_ratio):
+            kept.append(record)
+    check(kept, f"{args.traces}: no trace is in reach; a larger --max-ratio keeps more")
+    write_jsonl(args.out, kept)
+    print(f"{args.out}: {len(kept)} of {len(records)} traces are in reach")
+
 def select(args: argparse.Namespace) -> None:
     """DASD's divergence-aware sampling (arXiv 2601.09088): keep the traces with the largest
     share of sentences whose tokens the teacher finds, on average, at least twice as likely
-    as the student does. Before that, --max-ratio drops traces with too unlikely a token."""
+    as the student does."""
     tokenizer, records, examples, logps = load_scored(args.student, args, True)
-    shares = {}  # index of a trace: its share
-    for i, (example, q_logp) in enumerate(zip(examples, logps, strict=True)):
-        log_ratio = (example.teacher_logp - q_logp)[:-1]  # without the end of turn
-        if log_ratio.max(initial=0) > math.log(args.max_ratio):
-            continue
+    shares = []
+    for example, q_logp in zip(examples, logps, strict=True):
         p = sentence_means(tokenizer, example, example.teacher_logp, args.separator)
         q = sentence_means(tokenizer, example, q_logp, args.separator)
-        shares[i] = np.mean(p - q > math.log(2))
-    check(shares, f"{args.traces}: every trace is beyond --max-ratio {args.max_ratio:g}")
-    ranked = sorted(shares, key=lambda i: -shares[i])
+        shares.append(np.mean(p - q > math.log(2)))
+    ranked = sorted(range(len(shares)), key=lambda i: -shares[i])
     count = math.ceil(args.keep * len(ranked))
     kept = sorted(ranked[:count])
     write_jsonl(args.out, [records[i] for i in kept])
-    beyond = len(records) - len(ranked)
-    print(f"{args.out}: kept {len(kept)} of {len(records)} traces; {beyond} are beyond "
-          f"--max-ratio {args.max_ratio:g}")
+    print(f"{args.out}: kept {len(kept)} of {len(records)} traces")
 
 def mix(args: argparse.Namespace) -> None:
     """DASD's mixed-policy distillation (arXiv 2601.09088): student answers that were cut
@@ -457,7 +464,7 @@ def mix(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Commands that read and write JSONL.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (score, select, mix):
+    for function in (score, reach, select, mix):
         add = add_command(commands, function)
         model = "--teacher" if function is score else "--student"
         add(model, required=True, help="HF folder or Hub name")
@@ -470,12 +477,11 @@ def main(argv: list[str] | None = None) -> None:
             add("--seed", type=bounded(int, 0), default=0, help="of where prefixes end")
         else:
             add_model_options(add)
+        if function is reach:
+            add("--max-ratio", type=bounded(float, 1), default=1000, help="largest p / q")
         if function is select:
-            add("--max-ratio", type=bounded(float, 1), default=math.inf,
-                help="drop traces with a token that the teacher finds likelier than the "
-                "student does by a larger factor")
             add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
-                help="share of the other traces")
+                help="share of the traces")
             add("--separator", type=re.compile, default=r"(?<=[.!?])\s+|\n+",
                 help="regular expression between sentences")
     args = parser.parse_args(argv)

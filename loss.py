@@ -21,7 +21,7 @@ It needs one stored number per token, log p(y); sft and dft need none, the other
 Ours, not the paper's (we had its abstract and summaries, not its full text):
 1. The factor 2, so that w = 1 where student and teacher agree.
 2. The loss is divided by the number of tokens, not by the sum of w.
-3. The default tau = 0.7.
+3. The default tau = 1, which gives the simplest formula.
 4. In train.backward, the end of turn has w = 1. A base model hardly ever writes it, so the
    formula gives it a weight near 0, and the student would learn to stop late or never.
 """
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TAU = 0.7
+TAU = 1.0
 
 def fp32(x: Tensor) -> Tensor:
     """At least fp32. bf16 shifts a log q of -16 to -32 by up to 0.06, and so q/p by 6 %."""

@@ -47,6 +47,7 @@ COMMANDS = {
     "toy": (train.parse_args, ""),
     "score": (data.main, "score --traces t.jsonl --teacher m --out o.jsonl --device cpu"),
     "select": (data.main, "select --traces t.jsonl --student m --out o.jsonl --device cpu"),
+    "reach": (data.main, "reach --traces t.jsonl --student m --out o.jsonl --device cpu"),
     "mix": (data.main, "mix --answers t.jsonl --traces t.jsonl --student m --out o.jsonl "
             "--continue-all"),
     "accuracy": (evaluate.main, "accuracy --model m --benchmark p.jsonl --out o.jsonl "
@@ -252,6 +253,7 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
           ("train", "--steps", "-5"), ("train", "--on-policy", "nan"), ("train", "--seed", "-1"),
           ("train", "--epochs", "0"), ("train", "--epochs", "inf"), ("train", "--max-length", "0"),
           ("select", "--keep", "0"), ("select", "--keep", "nan"), ("select", "--keep", "2"),
+          ("reach", "--max-ratio", "0"),
           ("accuracy", "--samples", "0"), ("accuracy", "--temperature", "-1"),
           ("accuracy", "--temperature", "nan"), ("accuracy", "--batch-size", "0"),
           ("accuracy", "--max-new-tokens", "0"), ("accuracy", "--limit", "-3"),
@@ -279,7 +281,8 @@ CASES = [  # command, {file: content, None to remove it, or changed keys of JSON
     ("accuracy", {}, "--device cuda:7", "--device cuda:7: no such GPU here"),
     ("accuracy", {}, "--temperature 1e-40", "temperature 1e-40: give 0, which is greedy, or at le"),
     *[(command, {}, "--out /dev/null", "--out: /dev/null: not a file")
-      for command in ("train", "score", "select", "mix", "accuracy", "exposure", "weights")],
+      for command in ("train", "score", "reach", "select", "mix", "accuracy", "exposure",
+                      "weights")],
     ("train", {}, "--traces /dev/stdin", "/dev/stdin: not a file"),
 ]
 
@@ -351,7 +354,7 @@ def test_wrong_tensors_are_named(tmp_path, change, named):
     assert str(error.value).startswith(f"{tmp_path}: the weights are not what config.json says: ")
 
 
-@pytest.mark.parametrize("command", ["score", "select", "weights"])
+@pytest.mark.parametrize("command", ["score", "reach", "select", "weights"])
 def test_a_broken_model_writes_nothing(place, command):
     """Guards NaN in a file, half of the traces by chance, a page of colors that mean nothing."""
     tensors = load_file("m/model.safetensors")

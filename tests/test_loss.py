@@ -234,4 +234,4 @@ def test_names():
     assert [*loss.OBJECTIVES] == [
         "sft", "dft", "discord", "kl", "rkl", "todi", "gkd", "discord-kl", "discord-rkl",
         "discord-todi", "discord-gkd"]
-    assert math.isclose(loss.TAU, 0.7)
+    assert loss.TAU == 1  # w = 2q / (p + q)

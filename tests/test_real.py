@@ -192,8 +192,8 @@ def test_words(model, tmp_path, ran, monkeypatch):
         *(f"{words.OBJECTIVES[name]}, traces in reach" for name in words.OF_REACHABLE)]
     assert words.Words.left == pytest.approx(0, abs=1) and words.Words.worked > 1e5
     taus = {name: read_json(out / f"seed0/{name}-1e-4/run.json")["options"]["tau"]
-            for name in ("discord", "discord@1")}
-    assert taus == {"discord": loss.TAU, "discord@1": 1.0}
+            for name in ("discord", "discord@0.7")}
+    assert taus == {"discord": loss.TAU, "discord@0.7": 0.7}
     assert "- DFT, T1, " in (out / "answers.md").read_text()
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*/*.safetensors")}
     words.main([*argv, "--seeds", "0", "1"])

@@ -26,8 +26,10 @@ HOME = Path(__file__).parents[1]
 README = (HOME / "README.md").read_text(encoding="utf-8")
 PAGES = {HOME / name: (HOME / name).read_text(encoding="utf-8") for name in (
     "README.md", "tests/README.md", "tests/checks/README.md", "tests/study/README.md",
-    "tests/study/words/README.md", "tests/workshop/README.md", "tests/workshop/exercises.md")}
-RECIPE = README.partition("\n## Your own models")[2].partition("\n## Troubleshooting")[0]
+    "tests/study/words/README.md", "tests/study/dasd.md", "tests/workshop/README.md",
+    "tests/workshop/exercises.md")}
+DASD = PAGES[HOME / "tests/study/dasd.md"].partition("\n## DASD beside DisCorD")[0]
+RECIPE = README.partition("\n## Your own models")[2].partition("\n## DASD")[0] + DASD
 RECIPE = re.sub(r" \\\n +", " ", RECIPE)  # a command of two lines
 REAL = RECIPE.partition("runs on the toy")[0]  # then come other names
 VARIABLES = {name: value.strip('"') for name, value in

@@ -445,9 +445,9 @@ def test_sentences_of_any_bytes(tokenizer):
         assert np.allclose(whole, logp.mean())
 
 
-def test_select(tokenizer, tmp_path, capsys):
+def test_select_and_reach(tokenizer, tmp_path, capsys):
     """Guards the direction (teacher's sentences, not the student's), the share that is kept, the
-    order, and wrong or unfinished traces among the chosen; --max-ratio: q / p in place of p / q, a
+    order, and wrong or unfinished traces among the chosen; of `reach`: q / p in place of p / q, a
     mean in place of the worst token, and an end of turn that counts."""
     make_hf(tmp_path / "student", "qwen2", vocab_size=tokenizer.vocab_size)
     student, _ = data.load(tmp_path / "student")
@@ -473,7 +473,7 @@ def test_select(tokenizer, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "8 traces; dropped: {'wrong': 1, 'unfinished': 1, 'with a log-prob" in printed
     assert "null or below -1000': 2}\n" in printed
-    assert "out.jsonl: kept 4 of 8 traces; 0 are beyond --max-ratio inf\n" in printed
+    assert "out.jsonl: kept 4 of 8 traces\n" in printed
     for share, ids in (("0.25", [3, 7]), ("0.3", [2, 3, 7]), ("1", range(8))):
         data.main([*command, "--keep", share])
         kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
@@ -487,12 +487,14 @@ def test_select(tokenizer, tmp_path, capsys):
     for record in records:
         record["teacher_logprobs"][-1] = 0.0  # of the end of turn: p / q is in the thousands
     data.write_jsonl(tmp_path / "in.jsonl", records[:8])
-    for ratio, share, ids in (("2.9", "1", [0, 4]), ("3.1", "1", range(8)), ("2.9", "0.5", [0])):
-        data.main([*command, "--max-ratio", ratio, "--keep", share])
+    command[0] = "reach"
+    for ratio, ids in (("2.9", [0, 4]), ("3.1", range(8))):
+        data.main([*command, "--max-ratio", ratio])
         kept = [record["id"] for _, record in data.read_jsonl(tmp_path / "out.jsonl")]
         assert kept == [*ids]
+        assert f"out.jsonl: {len(ids)} of 8 traces are in reach\n" in capsys.readouterr().out
     data.write_jsonl(tmp_path / "in.jsonl", records[1:4])
-    with pytest.raises(BadInput, match="every trace is beyond --max-ratio 2"):
+    with pytest.raises(BadInput, match="no trace is in reach; a larger --max-ratio keeps more"):
         data.main([*command, "--max-ratio", "2"])
 
 

@@ -609,7 +609,7 @@ def test_runs_that_are_refused(toy_model, traces, tmp_path, monkeypatch, capsys)
             train.train(options(toy_model, traces, out, *more))
 
     refused(r"run: holds a run already; add --resume")
-    refused("cannot resume: tau was 0.7, is now 0.5", "--resume", "--tau", "0.5")
+    refused("cannot resume: tau was 1.0, is now 0.5", "--resume", "--tau", "0.5")
     refused("cannot resume: objective was discord, is now sft", "--resume", "--objective", "sft")
     refused("cannot resume: traces was", "--resume", traces=other)
     traces.write_text(given + "\n")

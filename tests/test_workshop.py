@@ -57,4 +57,4 @@ def test_what_an_exercise_finds():
     """Guards greedy and sampled exchanged, and another student's row: the last row counts."""
     table = re.sub(r"^    ", "", README, flags=re.MULTILINE)
     sampled, greedy = exercise.ROW.findall(table)[-1]
-    assert (greedy, sampled) == ("0.823", "0.777")
+    assert (greedy, sampled) == ("0.832", "0.787")

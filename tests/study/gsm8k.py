@@ -69,7 +69,7 @@ class Study:
         return evaluate.read_answers(out)
 
     def train(self, name: str, student: object, traces: Path, out: Path, *more: object) -> dict:
-        """`name` is an objective, or one with a tau: discord@1."""
+        """`name` is an objective, or one with a tau: discord@0.7."""
         name, _, tau = name.partition("@")
         options = ["--tau", tau] if tau else []
         if name in NEEDS_TEACHER:
@@ -249,7 +249,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--warm-up-lr", default="1e-5")
     add("--lessons", help="traces of the warm-up (default: the teacher's)")
     add("--objectives", nargs="+", default=["sft", "dft", "kl", "rkl", "discord"],
-        help="discord@1 is discord with tau = 1")
+        help="discord@0.7 is discord with tau = 0.7")
     add("--rates", nargs="+", default=["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"])
     add("--max-new-tokens", type=positive, default=512)
     add("--answers", type=positive, default=256, help="at a time")

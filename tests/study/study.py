@@ -173,11 +173,8 @@ def losses_of_prefixes(objective: str, q_logits: Tensor, y: Tensor, *rest: objec
     return losses, w * torch.cat(smallest)
 
 def keep_reachable(student: Path, traces: Path, out: Path) -> None:
-    """Refuse whole traces: those with a token that the student finds a thousand times less likely
-    than the teacher does."""
     if not out.exists():
-        data.main(["select", "--student", str(student), "--traces", str(traces), "--out", str(out),
-                   "--max-ratio", "1000", "--keep", "1"])
+        data.main(["reach", "--student", str(student), "--traces", str(traces), "--out", str(out)])
 
 def fit(student: Path, traces: Path, out: Path, options: str) -> dict:
     """A finished run is read, whatever was edited since. To make it again, remove its folder."""
@@ -338,7 +335,7 @@ METHODS = {
     "reverse KL": "rkl",
     "DFT": "dft",
     "DisCorD": "discord",
-    "DisCorD, τ = 1": "discord --tau 1",
+    "DisCorD, τ = 0.7": "discord --tau 0.7",
 }
 
 def method_run(world: World, name: str, lr: float, seed: int, problems: str = "held-out",
@@ -529,7 +526,7 @@ def count_steps(folder: Path) -> dict[str, float]:
 # have 14 pixels. Each objective has one hue in all figures; shares of spellings are grey.
 FIGURES = Path(__file__).parent / "figures"
 COLORS = {"student before": "0.45", "SFT": "#e66101", "KL": "#1b9e77", "reverse KL": "#2166ac",
-          "DFT": "#b2182b", "DisCorD": "#5e3c99", "DisCorD, τ = 1": "#b2abd2"}
+          "DFT": "#b2182b", "DisCorD": "#5e3c99", "DisCorD, τ = 0.7": "#b2abd2"}
 GREYS = "0.25", "0.5", "0.7", "0.87"
 
 def rates_panel(axis: Axes, world: World, title: str) -> None:

@@ -38,9 +38,9 @@ NAMES = [
 ROLES = ["boss", "coach", "doctor", "friend", "neighbor", "sister", "teacher", "uncle"]
 HOPS = 2, 3, 4
 LAYERS = "12+8"
-OBJECTIVES = {"sft": "SFT", "dft": "DFT", "discord": "DisCorD, τ = 0.7",
-              "discord@1": "DisCorD, τ = 1", "kl": "KL", "rkl": "reverse KL"}
-OF_REACHABLE = ["sft", "discord@1"]  # these also learn from a part of the traces
+OBJECTIVES = {"sft": "SFT", "dft": "DFT", "discord": "DisCorD",
+              "discord@0.7": "DisCorD, τ = 0.7", "kl": "KL", "rkl": "reverse KL"}
+OF_REACHABLE = ["sft", "discord"]  # these also learn from a part of the traces
 RATES = ["3e-5", "1e-4"]
 TEACHER_STEPS, STUDENT_STEPS = 90, 150  # of eight lessons
 STEPS = 120  # of four traces: in 60 of eight, even good lessons taught the student little
@@ -311,7 +311,7 @@ def weight_rows(student: Path, traces: Path) -> list[list[str]]:
     for kind in sorted(groups):
         q, p = torch.tensor(np.array(groups[kind])).T
         rows.append([kind, str(len(q)), f"{q.exp().mean():.2f}", f"{p.exp().mean():.2f}",
-                     *(f"{loss.discord_weight(q, p, tau).mean():.2f}" for tau in (0.7, 1.0))])
+                     *(f"{loss.discord_weight(q, p, tau).mean():.2f}" for tau in (1.0, 0.7))])
     return rows
 
 
@@ -420,7 +420,7 @@ def main(argv: list[str]) -> None:
     write_answers(first.root, folders[0])
     rows = weight_rows(first.before, first.home / "traces.jsonl")
     gsm8k.write_table(first.root / "weights.md",
-                      ["token", "number", "q", "p", "w, τ = 0.7", "w, τ = 1"], rows)
+                      ["token", "number", "q", "p", "w", "w, τ = 0.7"], rows)
 
 
 if __name__ == "__main__":
