@@ -390,8 +390,8 @@ def sentence_means(tokenizer: Tokenizer, example: Example, logp: np.ndarray,
     return np.bincount(sentence, logp)[count > 0] / count[count > 0]
 
 def reach(args: argparse.Namespace) -> None:
-    """Keep the traces in reach of the student: those in which it finds no token --max-ratio
-    times less likely than the teacher does. The end of turn does not count."""
+    """Keep the traces in reach of the student: the teacher finds no token of theirs more
+    than --max-ratio times as likely as the student does, apart from the end of turn."""
     _, records, examples, logps = load_scored(args.student, args, True)
     kept = []
     for record, example, q_logp in zip(records, examples, logps, strict=True):
@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             add_model_options(add)
         if function is reach:
-            add("--max-ratio", type=bounded(float, 1), default=1000, help="largest p / q")
+            add("--max-ratio", type=bounded(float, 1), default=1000, help="of p to q")
         if function is select:
             add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
                 help="share of the traces")

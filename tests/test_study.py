@@ -57,6 +57,17 @@ def test_shares_of_ways():
     assert study.shares_of_ways(records).tolist() == pytest.approx([4 / 8, 1 / 8, 2 / 8, 1 / 8])
 
 
+def test_parts_share_no_folder_by_mistake():
+    """Guards two parts that give one name to different runs: the second part would stop, since its
+    folder was made with other options."""
+    parts = (study.rate_runs, study.tau_runs, study.prefix_runs, study.reach_runs,
+             study.capacity_runs, study.dead_runs, study.ends_runs, study.ways_runs, study.far_runs)
+    made = {}
+    for run in (run for part in parts for run in part()):
+        assert made.setdefault((run.world, run.seed, run.label), run.stages) == run.stages
+    assert len(made) > 300
+
+
 def test_world_with_four_ways(tmp_path, monkeypatch):
     """Guards lessons in shares other than asked for, values without a token of their own, and a
     student that is not the teacher's first layer."""

@@ -288,7 +288,10 @@ def do_all(runs: list[Run]) -> dict[tuple[World, str], Columns]:
         "runs": [(Run.do, run) for run in runs],
     }
     cores = len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("fork").Pool(cores, maxtasksperchild=1) as pool:
+    # Not "fork": a process could be made while tqdm's lock is held, and wait for it forever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    with context.Pool(cores, maxtasksperchild=1) as pool:
         for name, jobs in stages.items():
             rows = list(tqdm(pool.imap(work, jobs), name, len(jobs)))
     found: dict[tuple[World, str], Columns] = {}
@@ -485,7 +488,8 @@ def ends_runs() -> list[Run]:
 
 def ways_runs() -> list[Run]:
     """Exercise 7 of the workshop: two seeds of the world of four ways."""
-    stages = {"DFT": ("dft --lr 1e-4 --steps 800",), "DisCorD": ("discord --lr 1e-4 --steps 800",)}
+    stages = {f"{name} 0.0001": (f"{METHODS[name]} --lr 0.0001 --steps 800",)
+              for name in ("DFT", "DisCorD")}
     return runs_in([FOUR_WAYS], stages, 2)
 
 def far_runs() -> list[Run]:
