@@ -478,7 +478,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             add_model_options(add)
         if function is reach:
-            add("--max-ratio", type=bounded(float, 1), default=1000, help="of p to q")
+            add("--max-ratio", type=bounded(float, 1), default=1000,
+                help="largest p / q of a token")
         if function is select:
             add("--keep", type=bounded(float, 1e-9, 1), default=0.5,
                 help="share of the traces")
